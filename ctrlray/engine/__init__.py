@@ -1,0 +1,1 @@
+"""The one vLLM engine class and its hosts."""

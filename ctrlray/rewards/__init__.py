@@ -1,0 +1,1 @@
+"""Rewards: what turns a conversation and an answer into one number per attribute."""

@@ -1,0 +1,57 @@
+"""From a reward in the job file to a Scorer, built in the process that uses it."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ctrlray import config
+from ctrlray.errors import ConfigError, DataError
+from ctrlray.rewards.base import Floats, Scorer
+from ctrlray.schema import Message
+
+
+def build(reward: config.Reward) -> Scorer:
+    """The scorer that `reward` describes. Raises ConfigError when it cannot be made."""
+    match reward:
+        case config.EmbeddedReward():
+            from ctrlray import models
+            from ctrlray.rewards.embedded import EmbeddedReward
+
+            folder = models.resolve(config.Model(name=reward.model))
+            return EmbeddedReward(folder, Path(reward.heads) if reward.heads else None)
+        case config.HFReward():
+            from ctrlray.rewards.hf import HFScorer
+
+            return HFScorer(reward)
+        case config.FunctionReward():
+            return FunctionScorer(reward)
+
+
+class FunctionScorer:
+    """A user's function of conversations and answers."""
+
+    def __init__(self, reward: config.FunctionReward) -> None:
+        module, _, name = reward.target.partition(":")
+        try:
+            target: Any = importlib.import_module(module)
+            for part in name.split("."):
+                target = getattr(target, part)
+        except (ImportError, AttributeError) as error:
+            raise ConfigError(f"rewards.function.target={reward.target!r}: {error}. Is its folder on PYTHONPATH?") from error
+        self.attributes = reward.attributes
+        self._target = target
+        self._name = reward.target
+
+    def __call__(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> dict[str, Floats]:
+        """Call the function; it gives one list of floats, or a dict of lists by attribute."""
+        given = self._target([list(c) for c in conversations], list(responses))
+        columns = given if isinstance(given, dict) else {self.attributes[0]: given}
+        missing = set(self.attributes) - set(columns)
+        if missing:
+            raise DataError(f"reward {self._name} gave {sorted(columns)}, the job file expects {list(self.attributes)}")
+        return {a: np.asarray(columns[a], np.float32) for a in self.attributes}

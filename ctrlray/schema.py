@@ -1,0 +1,176 @@
+"""The tables between the stages: column names, types, meaning, and the hashes that identify rows.
+
+A table's pyarrow schema carries `ctrlray.table` and `ctrlray.version` in its metadata. Per-attribute columns are
+`score_<attribute>` (raw reward), `level_<attribute>` (1..levels) and so on, in the control space's order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+import pyarrow as pa
+
+from ctrlray.errors import DataError
+
+VERSION = 1
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class Message(TypedDict):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
+TOKENS = pa.list_(pa.int32())
+
+
+def _table(name: str, fields: Sequence[tuple[str, pa.DataType]]) -> pa.Schema:
+    return pa.schema(fields, metadata={"ctrlray.table": name, "ctrlray.version": str(VERSION)})
+
+
+PROMPTS = _table(
+    "prompts",
+    [
+        ("prompt_id", pa.string()),  # hash of the conversation
+        ("messages", MESSAGES),
+        ("source", pa.string()),
+        ("split", pa.string()),  # train | eval; one first human turn is never in both
+    ],
+)
+
+REQUESTS = _table(
+    "requests",
+    [
+        ("response_id", pa.string()),  # hash(prompt_id, behaviour, sample, model fingerprint)
+        ("prompt_id", pa.string()),
+        ("behaviour", pa.string()),
+        ("sample", pa.int32()),
+        ("prompt_token_ids", TOKENS),  # rendered with the behaviour's system turn
+        ("prefix_token_ids", TOKENS),  # opens the answer, and counts as its part
+    ],
+)
+
+RESPONSES = _table(
+    "responses",
+    [
+        ("response_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("behaviour", pa.string()),
+        ("text", pa.string()),
+        ("token_ids", TOKENS),  # with the end-of-turn token when finished
+        ("logprob_sum", pa.float32()),  # nats of the sampled tokens, the prefix not among them, under the sampling prompt
+        ("finish_reason", pa.string()),  # stop | length
+        ("weights_version", pa.int32()),
+        ("prompt_tokens", pa.int32()),
+    ],
+)
+
+QUARANTINE = _table(
+    "quarantine",
+    [("stage", pa.string()), ("row_id", pa.string()), ("error", pa.string()), ("detail", pa.string())],
+)
+
+DROPPED = _table("dropped", [("response_id", pa.string()), ("reason", pa.string())])
+
+
+def scores(attributes: Sequence[str]) -> pa.Schema:
+    """One row per scored answer; `score_<attribute>` is the raw reward."""
+    return _table("scores", [("response_id", pa.string())] + [(f"score_{a}", pa.float32()) for a in attributes])
+
+
+def examples(attributes: Sequence[str]) -> pa.Schema:
+    """One row per training example.
+
+    `counterfactuals` are the wrong pairs of ExMATE: `levels` (control space order) and the answer's token ids, which
+    differ from the example's own in exactly one of the two.
+    """
+    wrong = pa.list_(pa.struct([("levels", pa.list_(pa.int8())), ("token_ids", TOKENS)]))
+    levels = [(f"level_{a}", pa.int8()) for a in attributes]
+    return _table(
+        "examples",
+        [
+            ("example_id", pa.string()),  # the response_id it was made of
+            ("prompt_id", pa.string()),
+            ("split", pa.string()),  # train | valid
+            ("messages", MESSAGES),
+            ("response", pa.string()),
+            ("token_ids", TOKENS),
+            *levels,
+            ("counterfactuals", wrong),
+            ("weight", pa.float32()),
+        ],
+    )
+
+
+def code_gaps() -> pa.Schema:
+    """One row per held-out example: NLL in nats per token under its own code and, averaged, under every other code."""
+    return _table(
+        "code_gaps",
+        [
+            ("example_id", pa.string()),
+            ("prompt_id", pa.string()),
+            ("method", pa.string()),
+            ("nll_right", pa.float32()),
+            ("nll_wrong", pa.float32()),
+        ],
+    )
+
+
+def grid(attributes: Sequence[str]) -> pa.Schema:
+    """One row per evaluated answer; `units_<attribute>` is the achieved score in continuous level units."""
+    per = [(f"{kind}_{a}", t) for a in attributes for kind, t in _GRID_COLUMNS]
+    return _table(
+        "grid",
+        [
+            ("grid_id", pa.string()),
+            ("prompt_id", pa.string()),
+            ("method", pa.string()),
+            ("sample", pa.int32()),
+            ("text", pa.string()),
+            ("num_tokens", pa.int32()),
+            ("finish_reason", pa.string()),
+            ("weights_version", pa.int32()),
+            *per,
+        ],
+    )
+
+
+_GRID_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
+    ("requested", pa.int8()),
+    ("score", pa.float32()),
+    ("units", pa.float32()),
+)
+
+
+def digest(*parts: Any, length: int = 16) -> str:
+    """Hex hash of JSON-serialisable parts; equal parts give equal ids on every machine and restart."""
+    text = json.dumps(parts, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:length]
+
+
+def prompt_id(messages: Sequence[Message]) -> str:
+    """Identity of a conversation: its roles and contents in order."""
+    return digest([[m["role"], m["content"]] for m in messages])
+
+
+def response_id(prompt: str, behaviour: str, sample: int, fingerprint: str) -> str:
+    """Identity of an answer to be sampled, known before it exists."""
+    return digest(prompt, behaviour, sample, fingerprint)
+
+
+def first_human_turn(messages: Sequence[Message]) -> str:
+    """The text that decides a dialogue's split, so that no opening appears on both sides."""
+    return next((m["content"].strip() for m in messages if m["role"] == "user"), "")
+
+
+def require_columns(names: Sequence[str], *needed: str, stage: str) -> None:
+    """Raise DataError when a table lacks a column that `stage` reads."""
+    missing = [n for n in needed if n not in names]
+    if missing:
+        raise DataError(f"{stage}: the table lacks {missing}; it has {sorted(names)}. Rerun the stage before it.")

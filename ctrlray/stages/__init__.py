@@ -1,0 +1,1 @@
+"""Pipeline stages: table in, table out."""

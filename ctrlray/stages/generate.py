@@ -1,0 +1,178 @@
+"""Generate stage: prompts in, sampled answers out, by Ray Data over a pool of vLLM actors.
+
+    prompts -> requests (rendered, written in blocks) -> [GenerateBatch actors] -> responses, a block at a time
+                                                               └-> [ScoreBatch actors] when scoring streams behind
+
+Requests are expanded first, so every answer's id is known before it exists; a restart samples only those that are missing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray.data
+
+from ctrlray import config, schema
+from ctrlray.control import Renderer, with_system
+from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.errors import ClusterError
+from ctrlray.ledger import Progress, StageResult
+from ctrlray.tables import Storage, from_rows, slices
+
+
+class GenerateBatch:
+    """Ray Data actor: a file of requests in, their answers written and passed on."""
+
+    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage) -> None:
+        os.environ.update(spec.environment())
+        self._engine = Engine(spec)
+        self._sampling = sampling
+        self._out = out
+
+    def __call__(self, files: pa.Table) -> pa.Table:
+        """Answer one file of requests; its answers are written atomically before anything downstream sees them."""
+        rows = [r for path in files["path"].to_pylist() for r in self._read(path)]
+        answers = self._engine.generate([r["prompt_token_ids"] + r["prefix_token_ids"] for r in rows], self._sampling)
+        table = from_rows(
+            (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True)),
+            schema.RESPONSES,
+        )
+        self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
+        return table
+
+    def _read(self, path: str) -> list[dict[str, Any]]:
+        return list(pq.read_table(path, filesystem=self._out.filesystem).to_pylist())
+
+    def _response(self, request: dict[str, Any], answer: Completion) -> dict[str, Any]:
+        prefix = request["prefix_token_ids"]
+        return {
+            "response_id": request["response_id"],
+            "prompt_id": request["prompt_id"],
+            "behaviour": request["behaviour"],
+            "text": (self._engine.decode(prefix) + answer.text if prefix else answer.text).strip(),
+            "token_ids": prefix + answer.token_ids,
+            "logprob_sum": answer.logprob_sum,
+            "finish_reason": answer.finish_reason,
+            "weights_version": self._engine.weights_version,
+            "prompt_tokens": len(request["prompt_token_ids"]),
+        }
+
+
+def expand_requests(
+    prompts: pa.Table, settings: config.Generate, renderer: Renderer, fingerprint: str, max_prompt: int
+) -> tuple[pa.Table, pa.Table]:
+    """Every answer to be sampled, and the quarantine rows of prompts that do not fit in the context.
+
+    Samples are dealt over the behaviours in order: with 6 samples and 4 behaviours the first two are used twice. Requests
+    are ordered by prompt, so that the samples of one prompt meet in one batch and share its cached prefix.
+    """
+    requests, refused = [], []
+    prefixes = {b.name: renderer.text_ids(b.prefix) for b in settings.behaviours}
+    for prompt in prompts.to_pylist():
+        rendered = {b.name: renderer.render(with_system(prompt["messages"], b.system)) for b in settings.behaviours}
+        for i in range(settings.samples):
+            behaviour = settings.behaviours[i % len(settings.behaviours)].name
+            sample = i // len(settings.behaviours)
+            ids, prefix = rendered[behaviour], prefixes[behaviour]
+            key = schema.response_id(prompt["prompt_id"], behaviour, sample, fingerprint)
+            if len(ids) + len(prefix) > max_prompt:
+                detail = f"prompt {prompt['prompt_id']} has {len(ids)} tokens, the context leaves room for {max_prompt}"
+                refused.append({"stage": "generate", "row_id": key, "error": "prompt_too_long", "detail": detail})
+                continue
+            requests.append(
+                {
+                    "response_id": key,
+                    "prompt_id": prompt["prompt_id"],
+                    "behaviour": behaviour,
+                    "sample": sample,
+                    "prompt_token_ids": ids,
+                    "prefix_token_ids": prefix,
+                }
+            )
+    return from_rows(requests, schema.REQUESTS), from_rows(refused, schema.QUARANTINE)
+
+
+def run(
+    prompts: pa.Table,
+    settings: config.Generate,
+    spec: EngineSpec,
+    renderer: Renderer,
+    fingerprint: str,
+    out: Storage,
+    progress: Progress,
+    then: Callable[[ray.data.Dataset], ray.data.Dataset] | None = None,
+) -> StageResult:
+    """Sample all answers that `out` lacks. `then` extends the stream, for example by scoring behind generation."""
+    max_prompt = spec.max_context - settings.sampling.max_tokens
+    requests, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
+    done = set(out.read_table("responses", schema.RESPONSES, ["response_id"])["response_id"].to_pylist())
+    pending = requests.filter(pa.array([r not in done for r in requests["response_id"].to_pylist()], pa.bool_()))
+    progress.total(requests.num_rows)
+    progress.advance(requests.num_rows - pending.num_rows)
+    if refused.num_rows:
+        out.write_table(refused, "quarantine")
+    if pending.num_rows:
+        progress.note("starting vLLM")
+        blocks = write_blocks(pending, out, settings.batch_size)
+        stream = generate_stream(blocks, out, settings, spec)
+        consume(then(stream) if then else stream, progress)
+    return _accounts(requests, refused, out)
+
+
+def write_blocks(pending: pa.Table, out: Storage, rows: int) -> list[str]:
+    """Write pending requests as one file per batch: each file becomes one block, so that work streams."""
+    name = f"requests-{schema.digest(pending['response_id'].to_pylist())}"
+    for i, block in enumerate(slices(pending, rows)):
+        out.write_table(block, name, f"part-{i:06d}")
+    return [out.path(name, f) for f in out.names(name, suffix=".parquet")]
+
+
+def generate_stream(blocks: Sequence[str], out: Storage, settings: config.Generate, spec: EngineSpec) -> ray.data.Dataset:
+    """The lazy stream of answered blocks: one file of requests is one block, read by the engine's own actor."""
+    files = ray.data.from_items([{"path": path} for path in blocks], override_num_blocks=len(blocks))
+    return files.map_batches(
+        GenerateBatch,
+        fn_constructor_args=(spec, settings.sampling, out),
+        batch_size=1,
+        batch_format="pyarrow",
+        **actor_options(settings.pool, gpus=settings.pool.gpus * settings.engine.tensor_parallel),
+    )
+
+
+def actor_options(pool: config.Pool, gpus: float | None = None) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool: its size, its resources, and an end to restarts (Ray Data's own has none)."""
+    return {
+        "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2),
+        "num_cpus": pool.cpus,
+        "num_gpus": pool.gpus if gpus is None else gpus,
+        "max_restarts": pool.max_restarts,
+        "max_task_retries": pool.max_restarts,
+    }
+
+
+def consume(stream: ray.data.Dataset, progress: Progress) -> None:
+    """Run a stream to its end, reporting each block; the blocks themselves were written by the actors."""
+    try:
+        for block in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            progress.note("")
+            progress.advance(
+                block.num_rows, sum(map(len, block["token_ids"].to_pylist())) if "token_ids" in block.column_names else 0
+            )
+    except ray.exceptions.RayActorError as error:
+        raise ClusterError(f"an actor of the stage died more often than pool.max_restarts allows: {error}") from error
+
+
+def _accounts(requests: pa.Table, refused: pa.Table, out: Storage) -> StageResult:
+    made = out.read_table("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"])
+    wanted = set(requests["response_id"].to_pylist())
+    found = [r for r in made.to_pylist() if r["response_id"] in wanted]
+    unique = {r["response_id"]: r for r in found}
+    quarantined = dict(Counter(refused["error"].to_pylist()))
+    reasons = dict(Counter(r["finish_reason"] for r in unique.values()))
+    tokens = sum(len(r["token_ids"]) for r in unique.values())
+    return StageResult(requests.num_rows + refused.num_rows, len(unique), {}, quarantined, tokens, {"finish_reasons": reasons})

@@ -1,0 +1,184 @@
+"""Score stage: answers in, one float per attribute out, by pools of reward actors under Ray Data.
+
+The same actors score a finished table, a stream behind generation, and the evaluation grid.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+
+from ctrlray import config, schema
+from ctrlray.ledger import Progress, StageResult
+from ctrlray.placement import WRITE_CPUS
+from ctrlray.rewards.base import Scorer
+from ctrlray.rewards.registry import build
+from ctrlray.schema import Message
+from ctrlray.stages.generate import actor_options, consume
+from ctrlray.tables import Storage, from_rows, slices
+
+TRUNCATED = "truncated"
+Conversations = Mapping[str, Sequence[Message]]
+
+
+class ScoreBatch:
+    """Ray Data actor: adds the outputs of one reward to a batch of (response_id, prompt_id, text)."""
+
+    def __init__(self, reward: config.Reward, conversations: Any, keep_truncated: bool) -> None:
+        _yield_to_engines()
+        self._keep_truncated = keep_truncated
+        self._scorer: Scorer = build(reward)
+        self._conversations: Conversations = ray.get(conversations)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Add one `raw_<output>` column per output, NaN where the reward failed, and the failures' reasons."""
+        errors = self._errors_so_far(batch)
+        todo = [i for i, error in enumerate(errors) if not error]
+        texts, prompts = batch["text"].to_pylist(), batch["prompt_id"].to_pylist()
+        chats = [self._conversations[prompts[i]] for i in todo]
+        columns, failures = score_rows(self._scorer, chats, [texts[i] for i in todo])
+        for i, failure in zip(todo, failures, strict=True):
+            errors[i] = failure
+        kept = batch.drop_columns(["error"]) if "error" in batch.column_names else batch
+        for name in self._scorer.attributes:
+            values = np.full(len(errors), np.nan, np.float32)
+            values[todo] = columns[name]
+            kept = kept.append_column(f"raw_{name}", pa.array(values, pa.float32()))
+        return kept.append_column("error", pa.array(errors, pa.string()))
+
+    def _errors_so_far(self, batch: pa.Table) -> list[str]:
+        """What an earlier reward said of each row; answers that were cut off are passed on without a score."""
+        if "error" in batch.column_names:
+            return [str(e) for e in batch["error"].to_pylist()]
+        if self._keep_truncated or "finish_reason" not in batch.column_names:
+            return [""] * batch.num_rows
+        return ["" if r == "stop" else TRUNCATED for r in batch["finish_reason"].to_pylist()]
+
+
+class WriteScores:
+    """Writes finished score blocks: rows with all scores to `scores`, the others to `quarantine`, each with its reason."""
+
+    def __init__(self, attributes: Sequence[tuple[str, str]], out: Storage) -> None:
+        self._attributes = list(attributes)
+        self._out = out
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Write one block; passes it on for counting."""
+        good, bad = [], []
+        for row in batch.to_pylist():
+            if row["error"] == TRUNCATED:
+                continue
+            if row["error"]:
+                bad.append(
+                    {"stage": "score", "row_id": row["response_id"], "error": row["error"].split(":")[0], "detail": row["error"]}
+                )
+            else:
+                scores = {f"score_{name}": row[f"raw_{source}"] for name, source in self._attributes}
+                good.append({"response_id": row["response_id"], **scores})
+        part = f"part-{schema.digest(batch['response_id'].to_pylist())}"
+        if good:
+            self._out.write_table(from_rows(good, schema.scores([n for n, _ in self._attributes])), "scores", part)
+        if bad:
+            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
+        return batch.select([c for c in ("response_id", "token_ids") if c in batch.column_names])
+
+
+def score_rows(scorer: Scorer, chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Scores by output and one error per row (empty when fine). A batch that raises is tried row by row."""
+    columns = {name: np.full(len(texts), np.nan, np.float32) for name in scorer.attributes}
+    errors = [""] * len(texts)
+    try:
+        _fill(columns, scorer(chats, texts), slice(None), len(texts))
+    except Exception as whole:
+        for i in range(len(texts)):
+            try:
+                _fill(columns, scorer([chats[i]], [texts[i]]), slice(i, i + 1), 1)
+            except Exception as error:
+                errors[i] = f"{type(error).__name__}: {error or whole}"
+    for name, values in columns.items():
+        for i in np.flatnonzero(~np.isfinite(values)):
+            errors[i] = errors[i] or f"not_finite: {name} is {values[i]}"
+    return columns, errors
+
+
+def _fill(columns: dict[str, Any], given: Mapping[str, Any], rows: slice, size: int) -> None:
+    for name, column in columns.items():
+        values = np.asarray(given[name], np.float32)
+        if values.shape != (size,):
+            raise ValueError(f"wrong_length: reward output {name!r} has shape {values.shape}, expected ({size},)")
+        column[rows] = values
+
+
+def score_stream(rows: ray.data.Dataset, job: config.Job, conversations: Conversations, out: Storage) -> ray.data.Dataset:
+    """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
+    shared = ray.put(dict(conversations))
+    for reward in job.rewards:
+        rows = rows.map_batches(
+            ScoreBatch,
+            fn_constructor_args=(reward, shared, job.distill.keep_truncated),
+            batch_size=None,
+            batch_format="pyarrow",
+            **actor_options(job.score.pool),
+        )
+    pairs = [(a.name, a.source) for a in job.control.attributes]
+    return rows.map_batches(
+        WriteScores,
+        fn_constructor_args=(pairs, out),
+        batch_size=None,
+        batch_format="pyarrow",
+        **actor_options(config.Pool(cpus=WRITE_CPUS)),
+    )
+
+
+def run(responses: pa.Table, conversations: Conversations, job: config.Job, out: Storage, progress: Progress) -> StageResult:
+    """Score all answers that `out` lacks. Answers cut off at max_tokens are dropped unless the job keeps them."""
+    finished = scorable(responses, job)
+    names = job_attributes(job)
+    done = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist())
+    failed = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    ids = finished["response_id"].to_pylist()
+    pending = finished.filter(pa.array([i not in done and i not in failed for i in ids], pa.bool_()))
+    progress.total(finished.num_rows)
+    progress.advance(finished.num_rows - pending.num_rows)
+    if pending.num_rows:
+        progress.note("starting reward actors")
+        blocks = slices(pending.select(["response_id", "prompt_id", "text"]), job.score.batch_size)
+        consume(score_stream(ray.data.from_arrow(blocks), job, conversations, out), progress)
+    return _accounts(responses, finished, names, out)
+
+
+def scorable(responses: pa.Table, job: config.Job) -> pa.Table:
+    """Answers that get a score: the finished ones, or all when the job keeps truncated answers."""
+    if job.distill.keep_truncated:
+        return responses
+    return responses.filter(pa.array([r == "stop" for r in responses["finish_reason"].to_pylist()], pa.bool_()))
+
+
+def job_attributes(job: config.Job) -> list[str]:
+    """Attribute names in the control space's order."""
+    return [a.name for a in job.control.attributes]
+
+
+def _accounts(responses: pa.Table, finished: pa.Table, names: Sequence[str], out: Storage) -> StageResult:
+    wanted = set(finished["response_id"].to_pylist())
+    scored = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist()) & wanted
+    failed = {
+        r["row_id"]: r["error"]
+        for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()
+        if r["row_id"] in wanted and r["row_id"] not in scored
+    }
+    truncated = responses.num_rows - finished.num_rows
+    dropped = {"truncated": truncated} if truncated else {}
+    return StageResult(responses.num_rows, len(scored), dropped, dict(Counter(failed.values())))
+
+
+def _yield_to_engines() -> None:
+    """On CPU a reward actor takes what the engine beside it leaves: two busy thread pools halve each other and worse."""
+    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
+        os.nice(10)

@@ -1,0 +1,196 @@
+"""The network that learns: a frozen base with LoRA and its control rows, or all of it; answers' log-probs out of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ctrlray import config
+from ctrlray.objectives.losses import Loss, clm, exmate
+from ctrlray.train.batches import Batch
+
+ADAPTER = "adapter.safetensors"
+ADAPTER_CARD = "adapter.json"
+
+
+class ControlRows(nn.Module):
+    """An input embedding whose control rows train while the rest stays frozen.
+
+    A small table of its own: PEFT's trainable token rows clone the whole matrix in every forward pass.
+    """
+
+    def __init__(self, base: nn.Embedding, ids: Sequence[int]) -> None:
+        super().__init__()
+        if list(ids) != list(range(ids[0], ids[0] + len(ids))):
+            raise ValueError(f"control ids must be consecutive, got {list(ids)}")
+        self.base = base
+        self.first = ids[0]
+        self.rows = nn.Parameter(base.weight.detach()[list(ids)].float().clone())
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen table, where callers look for its dtype and device."""
+        return self.base.weight
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Embeddings of shape [..., D] in the base's dtype."""
+        frozen = self.base(input_ids)
+        slot = input_ids - self.first
+        inside = (slot >= 0) & (slot < len(self.rows))
+        picked = self.rows[slot.clamp(0, len(self.rows) - 1)].to(frozen.dtype)
+        return torch.where(inside[..., None], picked, frozen)
+
+
+class Learner(nn.Module):
+    """The policy and its loss in one module, so that sharded engines gather parameters inside forward."""
+
+    def __init__(self, network: Any, objective: config.Objective, compute: torch.dtype, device: str = "cpu") -> None:
+        super().__init__()
+        self.network = network
+        self.objective = objective
+        self.compute = compute
+        self.device_type = device
+
+    def forward(self, batch: Batch, num_tokens: float = 0.0, num_wrong: float = 0.0) -> Loss | Tensor:
+        """The loss of a micro batch; with `num_tokens=0` the answers' mean log-probs, shape [N]."""
+        logp = self.answer_logp(batch)
+        if not num_tokens:
+            return (logp * batch.mask_NT).sum(-1) / batch.mask_NT.sum(-1).clamp_min(1)
+        right, wrong = batch.right_N, ~batch.right_N
+        own = (logp[right], batch.mask_NT[right], batch.weight_N[right])
+        if self.objective.type == "clm":
+            return clm(*own, num_tokens=num_tokens)
+        return exmate(
+            *own,
+            logp[wrong],
+            batch.mask_NT[wrong],
+            weight=self.objective.weight,
+            num_tokens=num_tokens,
+            num_wrong=max(num_wrong, 1.0),
+            reduction=self.objective.reduction,
+        )
+
+    def answer_logp(self, batch: Batch) -> Tensor:
+        """Log-probs of the answers' tokens in nats, shape [N, T], 0 where the mask is 0. Logits exist only where answers are."""
+        with torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32):
+            hidden = self.network.base_model(
+                input_ids=batch.input_ids_RS,
+                position_ids=batch.position_ids_RS,
+                attention_mask=batch.allowed_RSS[:, None],
+                use_cache=False,
+            ).last_hidden_state
+            counted = batch.mask_NT.bool()
+            where = batch.source_NT[counted]
+            logits = self.network.get_output_embeddings()(hidden.flatten(0, 1)[where])
+        picked = -nn.functional.cross_entropy(logits.float(), batch.target_NT[counted], reduction="none")
+        out = torch.zeros(batch.mask_NT.shape, dtype=torch.float32, device=picked.device)
+        spread: Tensor = out.masked_scatter(counted, picked)
+        return spread + 0.0 * hidden.sum()  # an empty batch still reaches every parameter
+
+
+def load_learner(
+    folder: str, objective: config.Objective, lora: config.LoRA | None, control_ids: Sequence[int], dtype: str, device: str
+) -> Learner:
+    """The prepared base with its trainable parameters in float32 and everything else frozen in `dtype`."""
+    from transformers import AutoModelForCausalLM
+
+    compute = getattr(torch, dtype)
+    network = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32 if lora is None else compute, attn_implementation="sdpa"
+    )
+    if lora is not None:
+        network.requires_grad_(False)
+        _add_lora(network, lora)
+        if control_ids:
+            network.set_input_embeddings(ControlRows(network.get_input_embeddings(), control_ids))
+    network.train()
+    return Learner(network, objective, compute, device).to(device)
+
+
+def _add_lora(network: Any, lora: config.LoRA) -> None:
+    from peft import LoraConfig, inject_adapter_in_model
+
+    head = network.get_output_embeddings()
+    names = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head})
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
+    inject_adapter_in_model(settings, network)
+    for name, parameter in network.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
+
+
+def parameter_groups(learner: Learner, settings: config.Train) -> list[dict[str, Any]]:
+    """Optimizer groups: control rows at their own rate without decay, everything else at the learning rate."""
+    rows = [p for n, p in learner.named_parameters() if p.requires_grad and n.endswith(".rows")]
+    known = {id(p) for p in rows}
+    rest = [p for p in learner.parameters() if p.requires_grad and id(p) not in known]
+    groups = [{"params": rest, "lr": settings.learning_rate, "weight_decay": settings.weight_decay}]
+    if rows:
+        groups.append({"params": rows, "lr": settings.control_rate, "weight_decay": 0.0})
+    return groups
+
+
+def trained_state(
+    learner: Learner, lora: config.LoRA | None, control_ids: Sequence[int]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What training changed, by checkpoint name, and the card that says how to merge it.
+
+    LoRA: `<weight name>.lora_A` [rank, in], `.lora_B` [out, rank] and `<embedding name>.rows`. Full: the tensors themselves.
+    """
+    state = {}
+    for name, parameter in learner.network.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        clean = name.replace(".default.weight", "").replace(".lora_", ".weight.lora_").replace(".rows", ".weight.rows")
+        state[clean] = parameter.detach().float().cpu().contiguous()
+    scale = lora.alpha / lora.rank if lora else 0.0
+    return state, {"lora_scale": scale, "control_ids": list(control_ids)}
+
+
+def merge(base: str, adapter: str, out: str, dtype: str | None = None) -> None:
+    """Write the base folder with an adapter folder merged into its weights. Shard by shard, without building the network.
+
+    W' = W + (alpha / rank) B A for adapted weights (arXiv 2106.09685 eq. 3); control rows and full tensors are replaced.
+    """
+    import shutil
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    changes = load_file(Path(adapter) / ADAPTER)
+    card = json.loads((Path(adapter) / ADAPTER_CARD).read_text())
+    target = Path(out)
+    target.mkdir(parents=True, exist_ok=True)
+    used: set[str] = set()
+    for file in sorted(Path(base).iterdir()):
+        if file.suffix != ".safetensors":
+            shutil.copyfile(file, target / file.name)
+            continue
+        with safe_open(file, framework="pt") as source:
+            tensors = {n: _merged(n, source.get_tensor(n), changes, card, used) for n in source.keys()}  # noqa: SIM118
+            meta = source.metadata()
+        if dtype:
+            tensors = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}
+        save_file(tensors, target / file.name, metadata=meta or {"format": "pt"})
+    if used != set(changes):
+        raise ValueError(f"adapter tensors without a home in {base}: {sorted(set(changes) - used)[:3]}")
+
+
+def _merged(name: str, value: Tensor, changes: dict[str, Tensor], card: dict[str, Any], used: set[str]) -> Tensor:
+    keys = {k: f"{name}.{k}" for k in ("lora_A", "lora_B", "rows")}
+    used |= {k for k in (name, *keys.values()) if k in changes}
+    if name in changes:
+        return changes[name].to(value.dtype)
+    if keys["lora_A"] in changes:
+        update = changes[keys["lora_B"]] @ changes[keys["lora_A"]]
+        value = (value.float() + card["lora_scale"] * update).to(value.dtype)
+    if keys["rows"] in changes:
+        value = value.clone()
+        value[card["control_ids"]] = changes[keys["rows"]].to(value.dtype)
+    return value

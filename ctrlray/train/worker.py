@@ -1,0 +1,250 @@
+"""The training loop that Ray Train runs on every worker: one objective, from the prepared base to an adapter."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ctrlray import config, schema
+from ctrlray.control import ControlSpace
+from ctrlray.models import PreparedBase
+from ctrlray.tables import Storage, from_rows
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """What one run of the loop needs; picklable, with tables by address."""
+
+    base: PreparedBase
+    space: ControlSpace
+    objective: config.Objective
+    settings: config.Train
+    examples: Storage
+    out: Storage
+    dtype: str
+    seed: int
+    key: str
+
+
+def train_loop(raw: dict[str, Any]) -> None:
+    """Entry point of a worker. `raw["task"]` is a TrainTask."""
+    import torch
+
+    task: TrainTask = raw["task"]
+    if not torch.cuda.is_available():
+        _use_all_cores(task.settings)
+    torch.manual_seed(task.seed)
+    loop = _Loop(task)
+    loop.run()
+
+
+def _use_all_cores(settings: config.Train) -> None:
+    """Ray gives a worker as many threads as it reserves CPUs; a single worker may use the idle rest of the machine."""
+    import torch
+
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
+
+
+class _Loop:
+    """State of one worker's training."""
+
+    def __init__(self, task: TrainTask) -> None:
+        import ray.train
+        import torch
+
+        from ctrlray.train.engine import Trainer
+        from ctrlray.train.models import load_learner
+
+        self.task = task
+        context = ray.train.get_context()
+        self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
+        gpu = torch.cuda.is_available()
+        learner = load_learner(
+            task.base.folder,
+            task.objective,
+            task.settings.lora,
+            task.base.control_ids,
+            task.dtype,
+            "cuda" if gpu else "cpu",
+        )
+        self.trainer = Trainer(learner, task.settings, gpu=gpu)
+        self.curves: list[dict[str, float]] = []
+        self._load_examples()
+
+    def _load_examples(self) -> None:
+        from ctrlray.train.batches import epoch_steps, load_example
+
+        names = list(self.task.space.names)
+        table = self.task.examples.read_table("examples", schema.examples(names))
+        rows = sorted(table.to_pylist(), key=lambda r: r["example_id"])
+        self.renderer = self.task.base.renderer(self.task.space)
+        self.pad_id = self.renderer.tokenizer.pad_token_id or self.renderer.tokenizer.eos_token_id or 0
+        self.train = [load_example(r, names, self.renderer.render) for r in rows if r["split"] == "train"]
+        self.valid_rows = [r for r in rows if r["split"] == "valid"]
+        groups = [e.group for e in self.train]
+        s = self.task.settings
+        self.steps: list[list[int]] = []
+        for epoch in range(int(-(-s.epochs // 1))):
+            self.steps += epoch_steps(groups, s.batch_size, self.task.seed, epoch)
+        per_epoch = len(self.steps) / max(1, -(-s.epochs // 1))
+        self.steps = self.steps[: max(1, round(per_epoch * s.epochs))]
+
+    def run(self) -> None:
+        """Train from the start, or from the last checkpoint of this very task."""
+        start = self._resume()
+        for step in range(start, len(self.steps)):
+            point = self._step(step)
+            last = step == len(self.steps) - 1
+            if (step + 1) % self.task.settings.eval_every == 0 or last:
+                gaps = self._code_gaps(None if last else self.task.settings.eval_examples)
+                if gaps:
+                    right = sum(g["nll_right"] for g in gaps) / len(gaps)
+                    wrong = sum(g["nll_wrong"] for g in gaps) / len(gaps)
+                    point |= {"valid_nll": right, "valid_gap": wrong - right}
+                self.curves.append(point)
+                self._report(point, gaps if last else None)
+            else:
+                self.curves.append(point)
+
+    def _step(self, step: int) -> dict[str, float]:
+        from ctrlray.train.batches import collate, shard, tree_rows
+        from ctrlray.train.engine import learning_rate_factor
+
+        s, began = self.task.settings, time.perf_counter()
+        wrong = self.task.objective.type == "exmate" and self.task.objective.weight > 0
+        chosen = [(i, self.train[i]) for i in self.steps[step]]
+        rows = tree_rows(chosen, wrong=wrong, share=s.share_prompts)
+        branches = [b for row in rows for b in row.branches]
+        num_tokens = sum(b.weight * len(b.token_ids) for b in branches if b.right)
+        num_wrong = sum(not b.right for b in branches)
+        mine = shard(rows, self.ranks, s.micro_batch_tokens)[self.rank]
+        rate = learning_rate_factor(step, len(self.steps), s.warmup)
+        parts = self.trainer.step(
+            [collate(m, self.pad_id) for m in mine], rate, num_tokens=num_tokens, num_wrong=num_wrong, ranks=self.ranks
+        )
+        tokens = sum(r.num_tokens for r in rows)
+        parts = _sum_over_ranks(parts, self.ranks)
+        return {
+            "step": step + 1,
+            "loss": parts["nll"] + self.task.objective.weight * parts.get("leak", 0.0),
+            **parts,
+            "lr": s.learning_rate * rate,
+            "tokens": tokens,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def _code_gaps(self, limit: int | None) -> list[dict[str, Any]]:
+        """NLL of held-out examples under their own code and under every other code of the grid, sharded over ranks."""
+        import torch.distributed as dist
+
+        from ctrlray.train.batches import TrainExample, collate, shard, tree_rows
+
+        rows = sorted(self.valid_rows, key=lambda r: schema.digest(self.task.seed, r["example_id"]))[:limit]
+        names, found = self.task.space.names, []
+        pairs = []
+        for i, row in enumerate(rows):
+            own = tuple(row[f"level_{n}"] for n in names)
+            cells = [own, *(c for c in self.task.space.cells() if c != own)]
+            prompts = tuple(tuple(self.renderer.render(row["messages"], c)) for c in cells)
+            pairs.append((i, TrainExample(prompts, (tuple(row["token_ids"]),) * len(cells), 1.0, row["example_id"])))
+        for micro in (
+            shard(tree_rows(pairs, wrong=True, share=True), self.ranks, self.task.settings.micro_batch_tokens)[self.rank]
+            if pairs
+            else []
+        ):
+            batch = collate(micro, self.pad_id)
+            nll = -self.trainer.mean_logp(batch)
+            found += list(zip(batch.example_N.tolist(), batch.right_N.tolist(), nll.tolist(), strict=True))
+        shares: list[Any] = [None] * self.ranks
+        dist.all_gather_object(shares, found)
+        by_example: dict[int, tuple[list[float], list[float]]] = {}
+        for index, right, value in (f for share in shares for f in share):
+            by_example.setdefault(index, ([], []))[0 if right else 1].append(value)
+        return [
+            {
+                "example_id": rows[i]["example_id"],
+                "prompt_id": rows[i]["prompt_id"],
+                "method": self.task.objective.type,
+                "nll_right": right[0],
+                "nll_wrong": sum(wrong) / len(wrong),
+            }
+            for i, (right, wrong) in sorted(by_example.items())
+        ]
+
+    def _resume(self) -> int:
+        import ray.train
+
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return 0
+        with checkpoint.as_directory() as folder:
+            note = json.loads((Path(folder) / "progress.json").read_text())
+            self.trainer.load(Path(folder))
+        self.curves = note["curves"]
+        return int(note["step"])
+
+    def _report(self, point: dict[str, float], gaps: list[dict[str, Any]] | None) -> None:
+        """Checkpoint through Ray Train; at the end also write the adapter, the gaps and the curves."""
+        import ray.train
+
+        if gaps is not None:
+            self._write_results(gaps)
+        with tempfile.TemporaryDirectory() as scratch:
+            self.trainer.save(Path(scratch))
+            if self.rank == 0:
+                (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
+            ray.train.report(dict(point), checkpoint=ray.train.Checkpoint.from_directory(scratch))
+
+    def _write_results(self, gaps: list[dict[str, Any]]) -> None:
+        from safetensors.torch import save
+
+        from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
+
+        with self.trainer.gathered() as learner:
+            if self.rank != 0:
+                return
+            state, card = trained_state(learner, self.task.settings.lora, self.task.base.control_ids)
+        out = self.task.out
+        out.write_bytes(save(state), "adapter", ADAPTER)
+        out.write_json(card, "adapter", ADAPTER_CARD)
+        out.write_table(from_rows(gaps, schema.code_gaps()), "code_gaps")
+        out.write_json(self.curves, "curves.json")
+        if out.is_local:
+            _write_tensorboard(self.curves, out.path("tensorboard"))
+        out.write_json({"key": self.task.key, "steps": len(self.steps)}, "done.json")
+
+
+def _sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
+    """Losses are shares of the whole batch and add up; the gradient norm is already global."""
+    import torch
+    import torch.distributed as dist
+
+    names = sorted(n for n in parts if n != "grad_norm")
+    if ranks > 1:
+        values = torch.tensor([parts[n] for n in names], dtype=torch.float64)
+        dist.all_reduce(values)
+        parts = parts | dict(zip(names, values.tolist(), strict=True))
+    return parts
+
+
+def _write_tensorboard(curves: list[dict[str, float]], folder: str) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(folder) as writer:
+        for point in curves:
+            for name, value in point.items():
+                if name != "step":
+                    writer.add_scalar(f"train/{name}", value, int(point["step"]))
+
+
+def valid_and_train_counts(examples: pa.Table) -> tuple[int, int]:
+    """Numbers of held-out and of training examples."""
+    splits = examples["split"].to_pylist()
+    return splits.count("valid"), splits.count("train")

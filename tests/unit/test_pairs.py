@@ -1,0 +1,91 @@
+"""HH's native files: turns, shared context, the judge's half."""
+
+import gzip
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from ctrlray.errors import DataError
+from ctrlray.rewards.pairs import Pair, judge_half, parse_dialogue, parse_pair, read_pairs
+from ctrlray.schema import first_human_turn
+
+
+def test_dialogue_by_hand():
+    text = "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nWhat now?\n\nHuman:  Go: on. \n\nAssistant: Done."
+    assert parse_dialogue(text) == [
+        {"role": "user", "content": "Hi."},
+        {"role": "assistant", "content": "Hello!\n\nWhat now?"},  # a blank line alone does not end a turn
+        {"role": "user", "content": "Go: on."},
+        {"role": "assistant", "content": "Done."},
+    ]
+
+
+def test_speaker_twice_is_one_message():
+    messages = parse_dialogue("\n\nHuman: a\n\nHuman: b\n\nAssistant: c")
+    assert messages == [{"role": "user", "content": "a\n\nb"}, {"role": "assistant", "content": "c"}]
+
+
+def test_speaker_name_inside_a_line_is_text():
+    assert parse_dialogue("\n\nHuman: The Assistant: a film\nHuman: no\n\nAssistant: ok")[0]["content"].endswith("Human: no")
+
+
+def test_pair_shares_all_but_the_last_answer():
+    start = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: Q2\n\nAssistant: "
+    pair = parse_pair(start + "good", start + "bad")
+    assert [m["content"] for m in pair.messages] == ["Q", "A", "Q2"]
+    assert (pair.chosen, pair.rejected) == ("good", "bad")
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected",
+    [
+        ("\n\nHuman: a\n\nAssistant: x", "\n\nHuman: b\n\nAssistant: y"),
+        ("\n\nHuman: a\n\nAssistant: x\n\nHuman: z", "\n\nHuman: a\n\nAssistant: y"),
+        ("no speaker", "\n\nHuman: a\n\nAssistant: y"),
+    ],
+)
+def test_malformed_pairs_are_refused(chosen, rejected):
+    with pytest.raises(DataError):
+        parse_pair(chosen, rejected)
+
+
+def test_read_counts_every_row(tmp_path):
+    start = "\n\nHuman: Q\n\nAssistant: "
+    rows = [(start + "good", start + "bad"), (start + "same", start + "same"), (start, start + "b"), ("?", "?")]
+    lines = [json.dumps({"chosen": c, "rejected": r}) for c, r in rows] + ["{not json", '{"chosen": 1}']
+    file = tmp_path / "rows.jsonl.gz"
+    with gzip.open(file, "wt") as out:
+        out.write("\n".join(lines))
+    pairs, dropped = read_pairs(file)
+    assert pairs == [Pair(({"role": "user", "content": "Q"},), "good", "bad")]
+    assert dropped == {"unparsable": 3, "empty answer": 1, "equal answers": 1}
+    assert len(pairs) + sum(dropped.values()) == len(lines)
+
+
+def test_missing_file_names_the_variable():
+    with pytest.raises(DataError, match="CTRLRAY_DATA"):
+        read_pairs("$CTRLRAY_DATA/hh/no-such-file.jsonl")
+
+
+def test_judge_half_is_the_last_bit_of_the_hash():
+    # sha256("hello") ends in ...b9824 (hex digit 4: bit 0); sha256("abc") ends in ...15ad (hex digit d: bit 1).
+    assert hashlib.sha256(b"hello").hexdigest()[-1] == "4"
+    assert not judge_half("hello") and not judge_half("  hello\n")
+    assert hashlib.sha256(b"abc").hexdigest()[-1] == "d"
+    assert judge_half("abc")
+
+
+def test_halves_are_about_equal():
+    assert 450 < sum(judge_half(f"opening number {i}") for i in range(1000)) < 550
+
+
+@pytest.mark.skipif("CTRLRAY_DATA" not in os.environ, reason="needs CTRLRAY_DATA, the folder that holds hh/*.jsonl.gz")
+@pytest.mark.parametrize("name", ["helpful-base", "harmless-base"])
+def test_real_files(name):
+    pairs, dropped = read_pairs(Path(os.environ["CTRLRAY_DATA"]) / "hh" / f"{name}.train.jsonl.gz")
+    assert dropped["unparsable"] == 0 and sum(dropped.values()) < 10
+    assert all(p.messages[-1]["role"] == "user" for p in pairs)
+    assert 0.4 < sum(judge_half(first_human_turn(p.messages)) for p in pairs) / len(pairs) < 0.6
