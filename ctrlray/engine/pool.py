@@ -38,10 +38,9 @@ class EnginePool:
     """Engines `<name>-0`, `<name>-1`, ...; use as a context manager."""
 
     def __init__(self, spec: EngineSpec, pool: Pool, name: str) -> None:
-        actor = ray.remote(EngineHost).options(
-            num_cpus=pool.cpus, num_gpus=pool.gpus * spec.settings.tensor_parallel, max_restarts=0
-        )
-        self._engines = [actor.options(name=f"{name}-{i}").remote(spec) for i in range(pool.max_size)]
+        actor = ray.remote(EngineHost)
+        placed = {"num_cpus": pool.cpus, "num_gpus": pool.gpus * spec.settings.tensor_parallel, "max_restarts": 0}
+        self._engines = [actor.options(name=f"{name}-{i}", **placed).remote(spec) for i in range(pool.max_size)]
         self.weights_version = 0
 
     def __enter__(self) -> EnginePool:

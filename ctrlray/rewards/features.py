@@ -1,14 +1,14 @@
 """Hidden states of a frozen chat model as features of (conversation, answer). No heads and no training here.
 
-Shape key: N answers, B rows of one forward pass, T tokens, H hidden size, F = len(layers) * len(positions) * H.
+Shape key: N answers, P prompts and B answers of one pass, T tokens, H hidden size, F = len(layers) * len(positions) * H.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,10 @@ import torch
 from ctrlray.errors import ConfigError
 from ctrlray.schema import Message
 
-Position = Literal["last", "end", "mean"]
-"""Where in an answer a feature is read. `last`: the answer's last text token; `end`: the end-of-turn token after it; `mean`: average over the answer's text tokens."""
+POSITIONS = ("last", "end", "mean")
+"""Where in an answer a feature is read: its last text token; the end-of-turn token after it; averaged over its text tokens."""
 Floats = npt.NDArray[np.float32]
+Groups = Mapping[tuple[int, ...], Sequence[tuple[int, list[int]]]]
 _JOINER = "\u200d"
 
 
@@ -35,7 +36,7 @@ class FeatureExtractor:
         folder: str | Path,
         *,
         layers: Sequence[int],
-        positions: Sequence[Position] = ("last",),
+        positions: Sequence[str] = ("last",),
         dtype: str = "auto",
         max_tokens: int = 1024,
         batch_tokens: int = 2048,
@@ -59,6 +60,8 @@ class FeatureExtractor:
         blocks = getattr(self.model, "layers", None)
         if blocks is None:
             raise ConfigError(f"cannot find the blocks of a {type(self.model).__name__}; embedded rewards need `.layers`")
+        if not self.positions or not set(self.positions) <= set(POSITIONS):
+            raise ConfigError(f"positions={list(positions)} must be some of {list(POSITIONS)}")
         if not self.layers or not 1 <= min(self.layers) <= max(self.layers) <= len(blocks):
             raise ConfigError(f"layers={list(layers)} must lie in 1..{len(blocks)} for the model in {folder}")
         self.model.layers = blocks[: max(self.layers)]
@@ -84,8 +87,9 @@ class FeatureExtractor:
         text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         prompt: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         answer: list[int] = self.tokenizer(self._neutral(response.strip()) or " ", add_special_tokens=False)["input_ids"]
-        ids = [*prompt, *answer, self.tokenizer.eos_token_id][-self.max_tokens :]
-        return ids, min(len(answer), len(ids) - 1)
+        answer = answer[-(self.max_tokens - 2) :]
+        room = self.max_tokens - 1 - len(answer)
+        return [*prompt[-room:], *answer, self.tokenizer.eos_token_id], len(answer)
 
     def num_answer_tokens(self, response: str) -> int:
         """Length of an answer in tokens, without the end-of-turn token."""
@@ -93,11 +97,15 @@ class FeatureExtractor:
 
     @torch.inference_mode()
     def __call__(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> Floats:
-        """Features, float32 [N, F], in the order of the input."""
-        encoded = [self.encode(c, r) for c, r in zip(conversations, responses, strict=True)]
-        out = np.empty((len(encoded), self.num_features), np.float32)
-        for rows in self._batches([len(ids) for ids, _ in encoded]):
-            out[rows] = self._forward([encoded[i] for i in rows])
+        """Features, float32 [N, F], in the order of the input. Answers to one conversation share its prompt's pass."""
+        groups: dict[tuple[int, ...], list[tuple[int, list[int]]]] = {}
+        for i, (conversation, response) in enumerate(zip(conversations, responses, strict=True)):
+            ids, count = self.encode(conversation, response)
+            groups.setdefault(tuple(ids[: -count - 1]), []).append((i, ids[-count - 1 :]))
+        out = np.empty((len(responses), self.num_features), np.float32)
+        for prompts in self._batches(groups):
+            rows = [(k, i, answer) for k, prompt in enumerate(prompts) for i, answer in groups[prompt]]
+            out[[i for _, i, _ in rows]] = self._forward(prompts, [k for k, _, _ in rows], [a for _, _, a in rows])
         return out
 
     def _neutral(self, text: str) -> str:
@@ -111,40 +119,57 @@ class FeatureExtractor:
 
         return hook
 
-    def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Row numbers of passes with at most `batch_tokens` padded tokens; neighbours in length share a pass."""
-        rows: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-            if rows and lengths[i] * (len(rows) + 1) > self.batch_tokens:
-                yield rows
-                rows = []
-            rows.append(i)
-        if rows:
-            yield rows
+    def _batches(self, groups: Groups) -> Iterator[list[tuple[int, ...]]]:
+        """Prompts of passes with at most `batch_tokens` padded tokens; neighbours in length share a pass."""
+        batch: list[tuple[int, ...]] = []
+        rows = longest = 0
+        for prompt in sorted(groups, key=len):
+            answers = [len(a) for _, a in groups[prompt]]
+            rows, longest = rows + len(answers), max(longest, *answers)
+            # The prompt's keys are copied to each of its answers, hence rows times the whole length.
+            if batch and rows * (len(prompt) + longest) > self.batch_tokens:
+                yield batch
+                batch, rows, longest = [], len(answers), max(answers)
+            batch.append(prompt)
+        if batch:
+            yield batch
 
-    def _forward(self, encoded: Sequence[tuple[list[int], int]]) -> Floats:
-        lengths = torch.tensor([len(ids) for ids, _ in encoded])
-        answers = torch.tensor([n for _, n in encoded])
-        ids_BT = torch.full((len(encoded), int(lengths.max())), int(self.tokenizer.eos_token_id))
-        for row, (ids, _) in enumerate(encoded):
-            ids_BT[row, : len(ids)] = torch.tensor(ids)
-        at_T = torch.arange(ids_BT.shape[1])
-        mask_BT = at_T < lengths[:, None]
-        text_BT = mask_BT & (at_T < lengths[:, None] - 1) & (at_T >= (lengths - 1 - answers)[:, None])
-        self.model(input_ids=ids_BT.to(self.device), attention_mask=mask_BT.long().to(self.device), use_cache=False)
-        row_B = torch.arange(len(encoded))
+    def _forward(self, prompts: Sequence[tuple[int, ...]], prompt_of: Sequence[int], answers: Sequence[list[int]]) -> Floats:
+        """Features [B, F] of `answers` (with their end-of-turn token), answer b after prompt `prompt_of[b]`."""
+        ids_PT, mask_PT = self._pad(prompts)
+        cache = self.model(input_ids=ids_PT, attention_mask=mask_PT, use_cache=True).past_key_values
+        pick_B = torch.tensor(list(prompt_of), device=self.device)
+        cache.batch_select_indices(pick_B)
+        ids_BT, mask_BT = self._pad(answers)
+        start_B, lengths = mask_PT.sum(-1)[pick_B], mask_BT.sum(-1)
+        at_T = torch.arange(ids_BT.shape[1], device=self.device)
+        self.model(
+            input_ids=ids_BT,
+            attention_mask=torch.cat([mask_PT[pick_B], mask_BT], dim=1),
+            position_ids=start_B[:, None] + at_T,  # a padded prompt leaves no gap before its answers
+            past_key_values=cache,
+            use_cache=True,
+        )
+        text_BT = at_T < lengths[:, None] - 1
+        row_B = torch.arange(len(answers), device=self.device)
         parts = []
         for layer in self.layers:
-            hidden_BTH = self._seen[layer]
+            hidden_BTH = self._seen[layer].float()
             for position in self.positions:
                 if position == "mean":
-                    weight_BT = (text_BT / text_BT.sum(-1, keepdim=True)).to(self.device, torch.float32)
-                    parts.append(torch.einsum("bt,bth->bh", weight_BT, hidden_BTH.float()))
+                    parts.append(torch.einsum("bt,bth->bh", text_BT / text_BT.sum(-1, keepdim=True), hidden_BTH))
                 else:
-                    parts.append(hidden_BTH[row_B, lengths - (1 if position == "end" else 2)].float())
+                    parts.append(hidden_BTH[row_B, lengths - (1 if position == "end" else 2)])
         self._seen.clear()
         features: Floats = torch.cat(parts, dim=-1).cpu().numpy()
         return features
+
+    def _pad(self, rows: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask [B, T], padded on the right; a mask's 1 is a token."""
+        width = max(map(len, rows))
+        ids = [[*r, *[int(self.tokenizer.eos_token_id)] * (width - len(r))] for r in rows]
+        mask = [[1] * len(r) + [0] * (width - len(r)) for r in rows]
+        return torch.tensor(ids, device=self.device), torch.tensor(mask, device=self.device)
 
 
 def _special_pattern(tokenizer: Any) -> re.Pattern[str]:

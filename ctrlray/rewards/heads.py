@@ -67,7 +67,7 @@ class Heads:
                 arrays = {k: file.get_tensor(k) for k in ("mean", "scale", "weights", "bias")}
             if meta.pop("format") != FORMAT:
                 raise ConfigError(f"{path} has another format; make the heads again with this version")
-            lists = {k: tuple(meta.pop(k)) for k in ("attributes", "layers", "positions")}
+            lists: dict[str, Any] = {k: tuple(meta.pop(k)) for k in ("attributes", "layers", "positions")}
             return cls(**lists, **meta, **arrays)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
@@ -194,7 +194,9 @@ def fit_heads(
     mean, scale = both.mean(0), both.std(0)
     scale = np.where(scale > 0, scale, 1.0)
     gaps = [(p.chosen.astype(np.float64) - p.rejected) / scale for p in preferences.values()]
-    centre, answers, length = both, np.zeros((0, both.shape[1])), np.zeros(0)
+    centre: Floats = both
+    answers: Floats = np.zeros((0, both.shape[1]))
+    length: Floats = np.zeros(0)
     if pool is not None:
         centre = pool.features.astype(np.float64)
         answers, length = within(centre / scale, pool.prompt), within(pool.length.astype(np.float64), pool.prompt)
@@ -205,5 +207,13 @@ def fit_heads(
     result = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options={"maxiter": max_iterations})
     weights = result.x.reshape(len(gaps), -1)
     bias = -(((centre - mean) / scale) @ weights.T).mean(0)
-    as32 = [np.asarray(x, np.float32) for x in (mean, scale, weights, bias)]
-    return Heads(tuple(preferences), tuple(layers), tuple(positions), *as32, fingerprint=fingerprint)
+    return Heads(
+        attributes=tuple(preferences),
+        layers=tuple(layers),
+        positions=tuple(positions),
+        mean=np.asarray(mean, np.float32),
+        scale=np.asarray(scale, np.float32),
+        weights=np.asarray(weights, np.float32),
+        bias=np.asarray(bias, np.float32),
+        fingerprint=fingerprint,
+    )

@@ -1,6 +1,6 @@
-"""Anthropic HH's native preference files: dialogues in, (messages, chosen, rejected) out.
+r"""Anthropic HH's native preference files: dialogues in, (messages, chosen, rejected) out.
 
-A line is `{"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}`; both dialogues share all turns but the last answer.
+A line is `{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}`; both share all turns but the last answer.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def judge_half(first_turn: str) -> bool:
 
 
 def parse_dialogue(text: str) -> list[Message]:
-    """Split `"\\n\\nHuman: a\\n\\nAssistant: b"` into messages; a speaker twice in a row is one message of two paragraphs."""
+    r"""Split `"\n\nHuman: a\n\nAssistant: b"` into messages; a speaker twice in a row is one message of two paragraphs."""
     marks = list(_TURN.finditer(text))
     if not marks or text[: marks[0].start()].strip():
         raise DataError(f"not an HH dialogue, it must begin with 'Human:' or 'Assistant:': {text[:60]!r}")

@@ -77,7 +77,7 @@ class RewardTrainJob(Frozen):
     pool_fit_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of the pool's prompts that the fit sees; correlations are reported on the others."""
     fit: Fit = Fit()
-    trials: dict[str, Fit] = {}
+    trials: dict[str, Fit] = Field(default_factory=dict)
     """Other settings to fit and list in the card beside the chosen one."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
     """Longer dialogues lose their beginning."""
@@ -234,7 +234,8 @@ def read_pool(path: str) -> list[tuple[list[Message], str]]:
     else:
         rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     try:
-        return [(r["messages"], r["response"]) for r in rows if r.get("finish_reason", "stop") == "stop" and r["response"].strip()]
+        finished = [r for r in rows if r.get("finish_reason", "stop") == "stop" and r["response"].strip()]
+        return [(r["messages"], r["response"]) for r in finished]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"pool={path!r}: rows need `messages` and `response` ({error!r})") from error
 

@@ -126,7 +126,7 @@ def expand(path: str) -> Path:
 
 
 def parse_hh(dialogue: str) -> list[Message]:
-    """`"\\n\\nHuman: a\\n\\nAssistant: b"` -> user and assistant messages. Raises DataError for anything else."""
+    r"""`"\n\nHuman: a\\n\\nAssistant: b"` -> user and assistant messages. Raises DataError for anything else."""
     pieces = _HH_TURN.split(dialogue)
     if len(pieces) < 3 or pieces[0].strip():
         raise DataError(f"not an HH dialogue, which starts with '\\n\\nHuman: ': {dialogue[:60]!r}")

@@ -39,7 +39,7 @@ class ControlRows(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embeddings of shape [..., D] in the base's dtype."""
-        frozen = self.base(input_ids)
+        frozen: Tensor = self.base(input_ids)
         slot = input_ids - self.first
         inside = (slot >= 0) & (slot < len(self.rows))
         picked = self.rows[slot.clamp(0, len(self.rows) - 1)].to(frozen.dtype)
@@ -78,12 +78,12 @@ class Learner(nn.Module):
     def answer_logp(self, batch: Batch) -> Tensor:
         """Log-probs of the answers' tokens in nats, shape [N, T], 0 where the mask is 0. Logits exist only where answers are."""
         with torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32):
-            hidden = self.network.base_model(
+            hidden: Tensor = self.network.base_model(
                 input_ids=batch.input_ids_RS,
                 position_ids=batch.position_ids_RS,
                 attention_mask=batch.allowed_RSS[:, None],
                 use_cache=False,
-            ).last_hidden_state
+            ).last_hidden_state  # [R, S, D]
             counted = batch.mask_NT.bool()
             where = batch.source_NT[counted]
             logits = self.network.get_output_embeddings()(hidden.flatten(0, 1)[where])

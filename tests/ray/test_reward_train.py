@@ -123,6 +123,26 @@ def test_features_do_not_depend_on_batch_or_order(model):
     np.testing.assert_allclose(extract(asked[::-1], answers[::-1])[::-1], together, atol=1e-5)
 
 
+def test_features_equal_stock_hidden_states(model):
+    """One shared prompt pass and a cache give what one plain pass over the rendered conversation gives."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    extract = FeatureExtractor(model, layers=[1], positions=["last", "end", "mean"], dtype="float32")
+    asked = [[{"role": "user", "content": "hello there"}]] * 2 + [[{"role": "user", "content": "x"}]]
+    answers = ["yes", "never, no", "sure"]
+    got = extract(asked, answers).reshape(3, 3, 32)
+    stock = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    for i, answer in enumerate(answers):
+        text = extract.tokenizer.apply_chat_template([*asked[i], {"role": "assistant", "content": answer}], tokenize=False)
+        ids = extract.tokenizer(text.removesuffix("\n"), return_tensors="pt")["input_ids"]
+        with torch.no_grad():
+            hidden = stock(ids, output_hidden_states=True).hidden_states[1][0].numpy()
+        count = len(answer)
+        want = [hidden[-2], hidden[-1], hidden[-1 - count : -1].mean(0)]
+        np.testing.assert_allclose(got[i], want, atol=1e-5)
+
+
 def test_a_layer_means_the_same_however_many_run(model):
     asked, answers = [[{"role": "user", "content": "hi"}]], ["yes"]
     both = FeatureExtractor(model, layers=[1, 2], dtype="float32")(asked, answers)

@@ -174,7 +174,8 @@ def test_fit_does_not_depend_on_scale_of_features():
 
 def test_constant_features_do_no_harm():
     preferences, _ = world()
-    flat = {k: Preferences(p.chosen * [1, 1, 1, 1, 1, 0], p.rejected * [1, 1, 1, 1, 1, 0], p.length_gap) for k, p in preferences.items()}
+    keep = np.array([1, 1, 1, 1, 1, 0])
+    flat = {k: Preferences(p.chosen * keep, p.rejected * keep, p.length_gap) for k, p in preferences.items()}
     heads = fit_heads(flat, None, PLAIN, layers=[1], positions=["last"], fingerprint="x")
     assert np.isfinite(heads.weights).all() and heads.weights[0, 5] == 0
 

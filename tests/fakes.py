@@ -1,0 +1,69 @@
+"""Small stand-ins for unit tests; the main path never sees them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level BPE tokenizer without merges: one token per byte, and three special ones."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def tiny_model(folder: Path, seed: int = 0) -> Path:
+    """A random Llama of two layers with its tokenizer, as a safetensors folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    settings = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+    )
+    LlamaForCausalLM(settings).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def length_reward(prompts: list[Any], responses: list[str]) -> dict[str, list[float]]:
+    """Brevity and variety of an answer: rewards of texts alone."""
+    return {
+        "brevity": [-float(len(r)) for r in responses],
+        "variety": [float(len(set(r))) for r in responses],
+    }
+
+
+def faulty_reward(prompts: list[Any], responses: list[str]) -> list[float]:
+    """NaN for one answer, an exception for another."""
+    if "boom" in responses:
+        raise RuntimeError("this reward cannot read boom")
+    return [float("nan") if r == "nan" else float(len(r)) for r in responses]

@@ -1,0 +1,120 @@
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from click.testing import CliRunner
+
+from ctrlray import config, placement
+from ctrlray.cli import main
+from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.estimate import estimate
+
+ROOT = Path(__file__).parents[2]
+CONTROL = {"attributes": [{"name": "brevity", "levels": 3}]}
+REWARD = [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity"]}]
+
+
+def job(**extra):
+    return config.parse(config.Job, {"name": "t", "control": CONTROL, "rewards": REWARD, **extra}, where="test")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/*/job.yaml")), ids=lambda p: p.parent.name)
+def test_every_job_file_loads(path):
+    raw = yaml.safe_load(path.read_text())
+    if "control" in raw:
+        assert config.load_job(path).name
+    else:
+        from ctrlray.rewards.train import RewardTrainJob
+
+        assert config.parse(RewardTrainJob, raw, where=str(path))
+
+
+def test_unknown_key_suggests_the_nearest():
+    with pytest.raises(ConfigError, match=r"train.epoch: unknown key; did you mean 'epochs'"):
+        config.load_job("smoke", ["train.epoch=3"])
+    with pytest.raises(ConfigError, match=r"did you mean 'weight'"):
+        config.load_job("smoke", ["train.objectives=[{type: exmate, wieght: 2}]"])
+
+
+def test_set_overrides_with_yaml_values():
+    loaded = config.load_job("smoke", ["train.lora.rank=4", "evaluate.methods=[start]", "generate.behaviours.0.name=zero"])
+    assert loaded.train.lora.rank == 4 and loaded.evaluate.methods == ("start",)
+    assert loaded.generate.behaviours[0].name == "zero"
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ({"control": {"attributes": [{"name": "brevity", "levels": 1}]}}, "levels"),
+        ({"control": {"attributes": [{"name": "brevity", "levels": 11}]}}, "levels"),
+        ({"control": {"attributes": []}}, "attributes"),
+        ({"control": {"attributes": [{"name": "charm"}]}}, "no reward gives 'charm'"),
+        ({"control": {"attributes": [{"name": "messages"}]}}, "chat template variable"),
+        ({"run_root": "relative/path"}, "is relative"),
+        ({"export": {"levels": {"brevity": [2, 9]}}}, "must lie in 1..3"),
+        ({"export": {"defaults": {"other": 1}}}, "unknown attribute"),
+        ({"export": {"objective": "clm"}}, "is not trained"),
+        ({"evaluate": {"levels": [[1, 4]]}}, "must lie in 1..3"),
+        ({"train": {"zero_stage": 4}}, "zero_stage"),
+        ({"generate": {"pool": {"min_size": 3, "max_size": 2}}}, "raise max_size"),
+    ],
+)
+def test_bad_settings_name_the_field(extra, message):
+    with pytest.raises(ConfigError, match=message):
+        job(**extra)
+
+
+def test_job_is_frozen_and_picklable():
+    made = job()
+    assert pickle.loads(pickle.dumps(made)) == made
+    with pytest.raises(ValueError):
+        made.name = "other"
+
+
+def test_placement_adds_up_and_names_what_is_missing():
+    quick = config.load_job("quickstart")
+    assert all(n.cpus <= 2 for n in placement.needs(quick))
+    placement.check(quick, cpus=2, gpus=0)
+    with pytest.raises(ClusterError, match=r"train reserves 3 CPUs, the cluster has 2: 1 too few. Lower train.workers"):
+        placement.check(config.load_job("quickstart", ["train.workers=3"]), cpus=2, gpus=0)
+    big = config.load_job("quickstart", ["generate.pool.gpus=1", "generate.engine.tensor_parallel=4"])
+    with pytest.raises(ClusterError, match="reserves 4 GPUs"):
+        placement.check(big, cpus=8, gpus=2)
+
+
+def test_estimate_by_hand():
+    rows = {r.stage: r for r in estimate(config.load_job("smoke"))}
+    assert rows["generate"].rows == 12 * 4 and rows["generate"].tokens == 48 * 32
+    assert rows["evaluate"].rows == 4 * 4 * 3  # prompts x cells x (start, prompting, exmate)
+
+
+def test_cli_prints_one_readable_error():
+    result = CliRunner().invoke(main, ["pipeline", "no-such-job"])
+    assert result.exit_code == 2 and "no job file at 'no-such-job'" in result.output
+    result = CliRunner().invoke(main, ["pipeline", "smoke", "--dry-run", "--set", "train.epochs=-1"])
+    assert result.exit_code == 2 and "train.epochs" in result.output and "Traceback" not in result.output
+
+
+def test_dry_run_starts_nothing(tmp_path):
+    root = tmp_path / "run"
+    result = CliRunner().invoke(main, ["pipeline", "smoke", "--dry-run", "--set", f"run_root={root}"])
+    assert result.exit_code == 0 and "tokens at most" in result.output
+    assert not root.exists()
+
+
+@pytest.mark.parametrize("verb", ["prompts", "generate", "score", "distill", "train", "evaluate", "export", "report", "pipeline"])
+def test_help_has_examples(verb):
+    result = CliRunner().invoke(main, [verb, "--help"])
+    assert result.exit_code == 0 and f"ctrlray {verb}" in result.output.split("Examples:")[1]
+
+
+@pytest.mark.parametrize(("module", "may_load"), [("ctrlray.cli", set()), ("ctrlray.pipeline", set()), ("ctrlray.objectives.losses", {"torch"})])
+def test_import_is_light(module, may_load):
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert {"torch", "ray", "vllm", "deepspeed", "transformers"} & set(loaded) <= may_load
