@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from ctrlray import config, models
+from ctrlray.control import ControlSpace
+from ctrlray.errors import ConfigError
+from ctrlray.train.batches import TrainExample, collate, tree_rows
+from ctrlray.train.models import ADAPTER, ADAPTER_CARD, load_learner, merge, parameter_groups, trained_state
+
+SPACE = ControlSpace((config.Attribute(name="brevity", levels=3), config.Attribute(name="variety", levels=2)))
+
+
+@pytest.fixture
+def base(tiny, private_cache):
+    return models.prepare(config.Model(name=str(tiny)), SPACE, ["hello there", "what is this"])
+
+
+def test_prepared_base_by_hand(base, tiny):
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = base.tokenizer()
+    start = len(tokenizer) - 5
+    assert base.control_ids == tuple(range(start, start + 5))
+    assert base.base_fingerprint == models.fingerprint(tiny)
+    before, after = AutoModelForCausalLM.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(base.folder)
+    assert before.config.tie_word_embeddings and not after.config.tie_word_embeddings
+    assert torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight[:start])
+    assert torch.equal(before.get_output_embeddings().weight, after.get_output_embeddings().weight[:start])
+    ids = torch.tensor([tokenizer("hi")["input_ids"]])
+    assert torch.allclose(before(ids).logits, after(ids).logits[..., :start], atol=1e-5)
+
+
+def test_control_tokens_are_masked_in_generate(base):
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(base.folder)
+    prompt = torch.tensor([base.renderer(SPACE).render([{"role": "user", "content": "x"}], (1, 2))])
+    torch.manual_seed(0)
+    out = network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40, num_return_sequences=8)
+    assert not set(out[:, prompt.shape[1] :].flatten().tolist()) & set(base.control_ids)
+
+
+def test_prepare_twice_gives_one_folder(base, tiny, private_cache):
+    assert models.prepare(config.Model(name=str(tiny)), SPACE).folder == base.folder
+
+
+def test_fingerprint_tells_checkpoints_apart(tiny, tmp_path, private_cache):
+    from tests.fakes import tiny_model
+
+    copy = shutil.copytree(tiny, tmp_path / "copy")
+    assert models.fingerprint(copy) == models.fingerprint(tiny) != models.fingerprint(tiny_model(tmp_path / "other", seed=1))
+
+
+@pytest.mark.parametrize(
+    ("remove", "message"), [("config.json", "no config.json"), ("model.safetensors", "is a pickle"), ("tokenizer*", "no tokenizer")]
+)
+def test_broken_folders_are_refused(tiny, tmp_path, remove, message):
+    folder = shutil.copytree(tiny, tmp_path / "copy")
+    for file in folder.glob(remove):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(ConfigError, match=message):
+        models.resolve(config.Model(name=str(folder)))
+
+
+@pytest.mark.parametrize("lora", [config.LoRA(rank=4), None])
+def test_merged_weights_equal_the_learner(base, tmp_path, lora):
+    """After some steps the merged folder gives the learner's own log-probs: adapters, control rows, full tensors."""
+    from safetensors.torch import save_file
+
+    render = base.renderer(SPACE).render
+    prompts = tuple(tuple(render([{"role": "user", "content": "q"}], c)) for c in ((1, 1), (3, 2)))
+    batch = collate(tree_rows([(0, TrainExample(prompts, ((5, 6, 7),) * 2, 1.0, "p"))], wrong=True, share=True), 0)
+    learner = load_learner(base.folder, config.ExMATE(weight=1.0), lora, base.control_ids, "float32", "cpu")
+    groups = parameter_groups(learner, config.Train(lora=lora, learning_rate=1e-2))
+    assert len(groups) == (2 if lora else 1)
+    optimizer = torch.optim.AdamW(groups)
+    for _ in range(3):
+        optimizer.zero_grad()
+        learner(batch, num_tokens=3.0, num_wrong=1.0).total.backward()
+        optimizer.step()
+    state, card = trained_state(learner, lora, base.control_ids)
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter" / ADAPTER)
+    (tmp_path / "adapter" / ADAPTER_CARD).write_text(json.dumps(card))
+    merge(base.folder, str(tmp_path / "adapter"), str(tmp_path / "merged"))
+    again = load_learner(str(tmp_path / "merged"), config.CLM(), None, (), "float32", "cpu")
+    start = load_learner(base.folder, config.CLM(), None, (), "float32", "cpu")
+    with torch.no_grad():
+        want, got, untrained = learner(batch), again(batch), start(batch)
+    assert torch.allclose(want, got, atol=1e-4)
+    assert not torch.allclose(want, untrained, atol=1e-2)
+    assert want[0] > want[1]  # the right code explains the answer better than the wrong one
+
+
+def test_merge_refuses_foreign_tensors(base, tmp_path):
+    from safetensors.torch import save_file
+
+    (tmp_path / "adapter").mkdir()
+    save_file({"model.unknown.weight": torch.zeros(2)}, tmp_path / "adapter" / ADAPTER)
+    (tmp_path / "adapter" / ADAPTER_CARD).write_text(json.dumps({"lora_scale": 1.0, "control_ids": []}))
+    with pytest.raises(ValueError, match=r"model.unknown.weight"):
+        merge(base.folder, str(tmp_path / "adapter"), str(tmp_path / "merged"))
