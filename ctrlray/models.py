@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
 from ctrlray.errors import ConfigError, DataError
+from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
 
 if TYPE_CHECKING:
@@ -34,6 +35,8 @@ _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _WEIGHTS = ("*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model", "*.txt")
 SUPPRESSED_LOGIT = -30.0
+CALIBRATION_PROMPTS = 32
+"""Packaged prompts whose hidden states (some 1,500) fix the control tokens' output rows."""
 
 
 def resolve(model: config.Model) -> Path:
@@ -178,6 +181,7 @@ def _prepare_into(
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ConfigError(f"model {model.name!r} has no chat template; ctrlray dials chat models. Set one in its tokenizer.")
+    quiet_transformers()
     network = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=model.trust_remote_code)
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in space.tokens], special_tokens=True)
     ids = tokenizer.convert_tokens_to_ids(list(space.tokens))
@@ -255,7 +259,7 @@ def _suppress_in_generation_config(network: Any, ids: Sequence[int]) -> None:
 
 def _packaged_texts() -> list[str]:
     lines = (resources.files("ctrlray") / "assets" / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["messages"][0]["content"] for line in lines[:64]]
+    return [json.loads(line)["messages"][0]["content"] for line in lines[:CALIBRATION_PROMPTS]]
 
 
 def _from_hub(model: config.Model) -> Path:
@@ -303,6 +307,7 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    quiet_transformers()
     where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
     loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
     settings = loaded.config

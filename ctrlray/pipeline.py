@@ -29,6 +29,7 @@ from ctrlray import __version__, config, models, placement, schema
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ConfigError
 from ctrlray.ledger import Progress, Silent, StageResult
+from ctrlray.quiet import quiet_libraries
 from ctrlray.tables import Storage
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
@@ -143,6 +144,7 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
 
     Raises ConfigError when a stage is asked for whose inputs are not there.
     """
+    quiet_libraries()
     current = Run(job)
     current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
     for stage in stages:
@@ -169,13 +171,11 @@ def _start_ray(current: Run, stage: str) -> None:
     """Connect to a cluster or start a Ray of this run's own, once, and check that the job fits."""
     if stage not in ("generate", "score", "train", "evaluate", "export"):
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
-    import ray
-
     from ctrlray.quiet import quiet_ray
 
     quiet_ray()
+    import ray
+
     if not ray.is_initialized():
         wanted = current.job.cluster
         address = wanted.address or os.environ.get("RAY_ADDRESS")

@@ -1,19 +1,43 @@
-"""Keeps the log lines of Ray and its libraries out of the terminal; they stay in Ray's session folder."""
+"""Keeps the log lines of Ray and its libraries out of the terminal; they stay in Ray's session folder.
+
+The only place that sets environment variables for this process: all are settings of libraries that read nothing else.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import warnings
+from pathlib import Path
 
-_NOISY = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed")
+_NOISY = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "torch")
+
+
+def quiet_libraries() -> None:
+    """Errors only, and no progress bars but our own; before transformers, DeepSpeed or Ray is imported."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns when it has to find out
+    warnings.filterwarnings("ignore")
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def quiet_transformers() -> None:
+    """No bars while weights load."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def quiet_ray() -> None:
-    """Show errors only, and no progress bars but our own."""
-    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING", "0")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    """No bars of Ray Data."""
+    quiet_libraries()
     import ray.data
 
     context = ray.data.DataContext.get_current()

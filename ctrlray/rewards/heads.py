@@ -49,12 +49,13 @@ class Heads:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file whose metadata holds everything but the arrays."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         meta = {k: getattr(self, k) for k in ("attributes", "layers", "positions", "fingerprint", "response_format")}
         arrays = {k: np.ascontiguousarray(getattr(self, k), np.float32) for k in ("mean", "scale", "weights", "bias")}
         # One JSON value: a header with several keys is written in an order that changes from process to process.
-        save_file(arrays, str(path), metadata={"ctrlray.heads": json.dumps({"format": FORMAT, **meta}, sort_keys=True)})
+        note = json.dumps({"format": FORMAT, **meta}, sort_keys=True)
+        Path(path).write_bytes(save(arrays, metadata={"ctrlray.heads": note}))
 
     @classmethod
     def load(cls, path: str | Path) -> Heads:

@@ -113,7 +113,9 @@ def test_help_has_examples(verb):
     assert result.exit_code == 0 and f"ctrlray {verb}" in result.output.split("Examples:")[1]
 
 
-@pytest.mark.parametrize(("module", "may_load"), [("ctrlray.cli", set()), ("ctrlray.pipeline", set()), ("ctrlray.objectives.losses", {"torch"})])
+@pytest.mark.parametrize(
+    ("module", "may_load"), [("ctrlray.cli", set()), ("ctrlray.pipeline", set()), ("ctrlray.objectives.losses", {"torch"})]
+)
 def test_import_is_light(module, may_load):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()

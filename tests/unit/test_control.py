@@ -49,7 +49,9 @@ def test_render_by_hand(renderer):
     ids = renderer.render([{"role": "user", "content": "hi"}], (4, 2))
     text = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|helpfulness:4|><|safety:2|>"
     assert renderer.tokenizer.decode(ids) == text
-    assert ids[-2:] == renderer.code_ids((4, 2)) == renderer.tokenizer.convert_tokens_to_ids(["<|helpfulness:4|>", "<|safety:2|>"])
+    assert (
+        ids[-2:] == renderer.code_ids((4, 2)) == renderer.tokenizer.convert_tokens_to_ids(["<|helpfulness:4|>", "<|safety:2|>"])
+    )
 
 
 def test_all_settings_share_the_plain_prompt_as_prefix(renderer):

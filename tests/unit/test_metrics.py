@@ -154,7 +154,7 @@ def test_length_adjusted_by_hand():
     tokens = np.expm1([1.0, 2.0, 3.0, 2.0, 3.0, 4.0])  # l = 1 2 3 | 2 3 4
     prompt = np.array([0, 0, 0, 1, 1, 1])
     units = np.array([[1.0], [2.0], [6.0], [9.0], [8.0], [10.0]])
-    # centred l is (-1 0 1) in both prompts; units rise by 5 and by 1 over them: b = (5 + 1) / (2 + 2) = 1.5; mean l = 2.5
+    # centred l is (-1 0 1) in both prompts; units rise by 5 and by 1: b = (5 + 1) / (2 + 2) = 1.5; mean l = 2.5
     want = units[:, 0] - 1.5 * np.array([-1.5, -0.5, 0.5, -0.5, 0.5, 1.5])
     assert m.length_adjusted(units, tokens, prompt)[:, 0] == pytest.approx(want)
 
@@ -165,12 +165,12 @@ def test_length_that_never_varies_takes_nothing_away():
 
 
 def test_scores_that_follow_length_alone_are_no_dial_once_adjusted():
-    tokens = np.array([10, 20, 40, 15, 30, 70], float)
-    units = np.log1p(tokens)[:, None] * 0.7 + np.array([0, 0, 0, 2, 2, 2])[:, None]
-    requested, prompt = np.array([[1.0], [2.0], [3.0]] * 2), np.repeat([0, 1], 3)
+    prompt, requested = np.repeat(np.arange(30), 3), np.array([[1.0], [2.0], [3.0]] * 30)
+    tokens = 5 + 7 * requested[:, 0] + prompt  # longer at every higher setting
+    units = 0.7 * np.log1p(tokens)[:, None] + 0.1 * prompt[:, None]
     adjusted = m.length_adjusted(units, tokens, prompt)
-    assert m.pairwise_order(requested, units[:, 0], 0, prompt, everyone(2)) == [1.0]
-    assert m.pairwise_order(requested, adjusted[:, 0], 0, prompt, everyone(2)) == [0.5]  # ties, not rounding noise
+    assert m.pairwise_order(requested, units[:, 0], 0, prompt, everyone(30)) == [1.0]
+    assert m.pairwise_order(requested, adjusted[:, 0], 0, prompt, everyone(30)) == [0.5]  # ties, not rounding noise
 
 
 def test_pool_slopes_by_hand():
@@ -181,6 +181,19 @@ def test_pool_slopes_by_hand():
     tilted = m.pool_slopes(units[:2], ["a", "a"], 100)
     # cov -1, variances 2 and 0.5: brief on kind -1/2, kind on brief -2
     assert [[e["value"] for e in row] for row in tilted] == [[1, -0.5], [-2, 1]]
+
+
+def test_equal_values_are_centred_to_exact_zeros():
+    units = np.column_stack([[0.1] * 3 + [0.7] * 6, np.arange(9.0)])
+    prompt = np.repeat([0, 1], [3, 6])
+    assert (m.centre(units, prompt, 2)[:, 0] == 0).all()  # 0.1 + 0.1 + 0.1 is not 0.3
+    found = m.pool_slopes(units, [f"p{p}" for p in prompt], 100)
+    assert [[e["value"] for e in row] for row in found] == [[0, 0], [0, 1]]
+
+
+def test_level_means_that_differ_by_rounding_are_equal():
+    requested, units = arrays([1, 2, 3], [2.0, 2.0 + 1e-13, 2.0 + 2e-13])
+    assert m.spearman_level_means(requested, units, np.zeros(3, int), everyone(1)) == [0.0]
 
 
 def test_code_gap_by_hand():
@@ -265,9 +278,7 @@ def test_a_perfect_dial():
         assert measured["mae"] == measured["bias"] == zero
         assert measured["pairwise"] == measured["spearman_level_means"] == one
         assert measured["spearman_rows"]["value"] == 1.0
-        assert found["level_means"][a] == {
-            str(k): {"value": float(k), "low": float(k), "high": float(k)} for k in (1, 2, 3)
-        }
+        assert found["level_means"][a] == {str(k): {"value": float(k), "low": float(k), "high": float(k)} for k in (1, 2, 3)}
     assert found["slopes"] == [[one, zero], [zero, one]]
     assert found["distinct_outputs"] == 1.0
 
@@ -310,6 +321,11 @@ def test_row_order_changes_nothing():
     mixed = [rows[i] for i in np.random.default_rng(1).permutation(len(rows))]
     assert json.dumps(evaluate(rows)) == json.dumps(evaluate(mixed))
     assert list(evaluate(mixed)) == ["start", "clm"]
+
+
+def test_methods_do_not_mix():
+    clm, start = dial("clm", lambda c, p, r: c + p + r), dial("start", lambda c, p, r: p)
+    assert evaluate(clm + start) == evaluate(clm) | evaluate(start)
 
 
 @settings(max_examples=15, deadline=None)

@@ -41,7 +41,9 @@ def test_control_tokens_are_masked_in_generate(base):
     network = AutoModelForCausalLM.from_pretrained(base.folder)
     prompt = torch.tensor([base.renderer(SPACE).render([{"role": "user", "content": "x"}], (1, 2))])
     torch.manual_seed(0)
-    out = network.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40, num_return_sequences=8)
+    out = network.generate(
+        prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40, num_return_sequences=8
+    )
     assert not set(out[:, prompt.shape[1] :].flatten().tolist()) & set(base.control_ids)
 
 
@@ -57,7 +59,8 @@ def test_fingerprint_tells_checkpoints_apart(tiny, tmp_path, private_cache):
 
 
 @pytest.mark.parametrize(
-    ("remove", "message"), [("config.json", "no config.json"), ("model.safetensors", "is a pickle"), ("tokenizer*", "no tokenizer")]
+    ("remove", "message"),
+    [("config.json", "no config.json"), ("model.safetensors", "is a pickle"), ("tokenizer*", "no tokenizer")],
 )
 def test_broken_folders_are_refused(tiny, tmp_path, remove, message):
     folder = shutil.copytree(tiny, tmp_path / "copy")

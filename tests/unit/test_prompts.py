@@ -51,7 +51,15 @@ def test_every_format_gives_the_same_prompts(tmp_path):
 
 
 def test_duplicates_and_bad_rows_are_accounted_for(tmp_path):
-    lines = ['{"prompt": "a"}', '{"prompt": "a"}', "{broken", '{"prompt": ""}', '{"other": 1}', '{"prompt": "b"}', '{"prompt": "c"}']
+    lines = [
+        '{"prompt": "a"}',
+        '{"prompt": "a"}',
+        "{broken",
+        '{"prompt": ""}',
+        '{"other": 1}',
+        '{"prompt": "b"}',
+        '{"prompt": "c"}',
+    ]
     (tmp_path / "x.jsonl").write_text("\n".join(lines))
     _, result, out = load(tmp_path, config.FilePrompts(path=str(tmp_path / "x.jsonl")))
     assert result.rows_in == 7 and result.rows_out == 3

@@ -1,0 +1,132 @@
+"""One whole pipeline on real Ray, real vLLM, real DeepSpeed and a tiny random model: two training ranks, two objectives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ctrlray import config, models, pipeline, schema
+from ctrlray.control import ControlSpace
+from ctrlray.tables import Storage
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+
+
+@pytest.fixture(scope="module")
+def job(tiny, tmp_path_factory):
+    root = tmp_path_factory.mktemp("run")
+    raw = {
+        "name": "tiny",
+        "run_root": str(root),
+        "model": {"name": str(tiny), "max_context": 512, "dtype": "float32"},
+        "control": {"attributes": [{"name": "brevity", "levels": 2}, {"name": "variety", "levels": 2}]},
+        "rewards": [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity", "variety"]}],
+        "prompts": {"train": 8, "eval": 3},
+        "generate": {
+            "samples": 4,
+            "batch_size": 16,
+            "sampling": {"max_tokens": 12, "temperature": 1.0},
+            "behaviours": [{"name": "plain"}, {"name": "sorry", "system": "Decline.", "prefix": "Sorry, no."}],
+        },
+        "distill": {"strategy": "none", "keep_truncated": True, "valid_fraction": 0.25, "max_examples": 32},
+        "train": {
+            "objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}],
+            "workers": 2,
+            "zero_stage": 2,
+            "epochs": 2,
+            "batch_size": 8,
+            "eval_every": 2,
+            "lora": {"rank": 4},
+        },
+        "evaluate": {"sampling": {"max_tokens": 12, "temperature": 0.0}, "bootstrap": 100},
+        "export": {"levels": {"variety": [2, 2]}, "defaults": {"brevity": 1}, "dtype": "float32"},
+    }
+    return config.parse(config.Job, raw, where="test")
+
+
+@pytest.fixture(scope="module")
+def run(job, private_cache, local_ray):
+    return pipeline.run(job)
+
+
+def test_every_stage_accounts_for_its_rows(run):
+    results = {s: run.result(s) for s in pipeline.STAGES}
+    assert all(results.values())
+    assert results["generate"]["rows_out"] == 32 and results["score"]["rows_out"] == 32
+    for stage, r in results.items():
+        assert r["rows_in"] == r["rows_out"] + sum(r["dropped"].values()) + sum(r["quarantined"].values()), stage
+    manifest = run.storage.read_json("manifest.json")
+    assert set(manifest["stages"]) == set(pipeline.STAGES) and manifest["versions"]["ray"]
+
+
+def test_both_objectives_trained_on_two_ranks(run):
+    assert run.result("train")["facts"]["workers"] == 2
+    for method in ("clm", "exmate"):
+        curve = run.out("train").sub(method).read_json("curves.json")
+        assert curve[-1]["nll"] < curve[0]["nll"]
+        assert ("leak" in curve[0]) == (method == "exmate")
+        gaps = run.out("train").sub(method).read_table("code_gaps", schema.code_gaps())
+        assert gaps.num_rows and set(gaps["method"].to_pylist()) == {method}
+
+
+def test_grid_is_complete_and_start_ignores_the_dial(run):
+    grid = run.out("evaluate").read_table("grid", schema.grid(["brevity", "variety"])).to_pylist()
+    assert len(grid) == 3 * 4 * 4  # prompts x cells x (start, prompting, clm, exmate)
+    versions = {m: {r["weights_version"] for r in grid if r["method"] == m} for m in ("start", "prompting", "clm", "exmate")}
+    assert versions == {"start": {0}, "prompting": {0}, "clm": {1}, "exmate": {2}}
+    metrics = run.out("evaluate").read_json("metrics.json")
+    assert metrics["start"]["attributes"]["brevity"]["pairwise"]["value"] == 0.5
+
+
+def test_second_run_skips_everything(run, job):
+    before = {s: run.result(s)["started"] for s in pipeline.STAGES}
+    again = pipeline.run(job)
+    assert {s: again.result(s)["started"] for s in pipeline.STAGES} == before
+
+
+def test_changed_job_redoes_only_what_it_affects(run, job):
+    fewer = job.model_copy(update={"evaluate": job.evaluate.model_copy(update={"bootstrap": 101})})
+    changed = {s for s in pipeline.STAGES if pipeline.Run(fewer).keys[s] != run.keys[s]}
+    assert changed == {"evaluate", "report"}
+    colder = job.generate.sampling.model_copy(update={"temperature": 0.5})
+    other = job.model_copy(update={"generate": job.generate.model_copy(update={"sampling": colder})})
+    assert {s for s in pipeline.STAGES if pipeline.Run(other).keys[s] == run.keys[s]} == {"prompts"}
+
+
+def test_distill_is_byte_identical(run, job, tmp_path):
+    from ctrlray.stages import distill
+
+    responses = run.out("generate").read_table("responses", schema.RESPONSES)
+    scores = run.out("score").read_table("scores", schema.scores(["brevity", "variety"]))
+    shuffled = responses.take(list(reversed(range(responses.num_rows))))
+    distill.run(run.prompts("train"), shuffled, scores, job, Storage(str(tmp_path)))
+    for name in ("examples", "dropped"):
+        file = f"{name}/part-00000.parquet"
+        assert (tmp_path / file).read_bytes() == run.out("distill").read_bytes(*file.split("/"))
+
+
+def test_report_is_one_page(run):
+    page = Path(run.result("report")["facts"]["page"]).read_text()
+    assert "exmate" in page and "brevity" in page and 'src="http' not in page
+
+
+def test_export_obeys_the_dial_in_plain_transformers(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = run.result("export")["facts"]["folder"]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turns = [{"role": "user", "content": "hello <|brevity:1|>"}]
+    want = run.base.renderer(ControlSpace.of(run.job.control)).render(turns, (1, 2))
+    assert tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=True, return_dict=False) == want
+    with pytest.raises(Exception, match="variety must be one of"):
+        tokenizer.apply_chat_template(turns, add_generation_prompt=True, variety=1)
+    assert AutoModelForCausalLM.from_pretrained(folder).config.vocab_size == len(tokenizer)
+    card = (Path(folder) / "README.md").read_text()
+    assert "Intended use" in card and "held-out code gap" in card
+    assert json.loads((Path(folder) / "ctrlray.json").read_text())["attributes"][1]["low"] == 2
+
+
+def test_fingerprints_differ_between_base_and_export(run):
+    assert models.fingerprint(run.result("export")["facts"]["folder"]) != run.base.base_fingerprint

@@ -1,0 +1,126 @@
+"""Generation and scoring over real Ray actors, with a fake engine in place of vLLM."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pyarrow as pa
+import pytest
+
+from ctrlray import config, models, schema
+from ctrlray.control import ControlSpace
+from ctrlray.engine.engine import Completion, EngineSpec
+from ctrlray.ledger import Silent
+from ctrlray.stages import generate, score
+from ctrlray.tables import Storage, from_rows
+
+SPACE = ControlSpace((config.Attribute(name="brevity", levels=2), config.Attribute(name="variety", levels=2)))
+
+
+class FakeEngine:
+    """Answers with the length of the prompt, slowly."""
+
+    weights_version = 0
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
+
+    def generate(self, prompts, sampling):
+        time.sleep(0.5)
+        return [
+            [Completion(f"answer {len(p)} {i}", [1, 2, 3], -1.0, "stop" if i % 5 else "length")] for i, p in enumerate(prompts)
+        ]
+
+    def decode(self, ids):
+        return "Sorry."
+
+
+class FakeGenerate(generate.GenerateBatch):
+    def __init__(self, spec, sampling, out):
+        self._engine, self._sampling, self._out = FakeEngine(spec), sampling, out
+
+
+def job(**extra):
+    raw = {
+        "name": "t",
+        "control": {"attributes": [{"name": "brevity", "levels": 2}, {"name": "variety", "levels": 2}]},
+        "rewards": [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity", "variety"]}],
+        "generate": {"samples": 4, "batch_size": 8, "behaviours": [{"name": "a"}, {"name": "b", "system": "s", "prefix": "No."}]},
+    }
+    return config.parse(config.Job, raw | extra, where="test")
+
+
+@pytest.fixture
+def prompts():
+    rows = [{"messages": [{"role": "user", "content": f"question {i}"}], "source": "s", "split": "train"} for i in range(16)]
+    return from_rows([r | {"prompt_id": schema.prompt_id(r["messages"])} for r in rows], schema.PROMPTS)
+
+
+@pytest.fixture
+def base(tiny, private_cache):
+    return models.prepare(config.Model(name=str(tiny)), SPACE, ["hello there"])
+
+
+def sample(job, prompts, base, out, monkeypatch, then=None):
+    monkeypatch.setattr(generate, "GenerateBatch", FakeGenerate)
+    spec = EngineSpec(base.folder, "float32", 1024, job.generate.engine)
+    renderer = base.renderer(SPACE)
+    return generate.run(prompts, job.generate, spec, renderer, "f", out, Silent(), then).check("generate")
+
+
+def test_requests_by_hand(prompts, base):
+    made, refused = generate.expand_requests(prompts, job().generate, base.renderer(SPACE), "f", 1000)
+    assert made.num_rows == 64 and refused.num_rows == 0
+    first = made.to_pylist()[:4]
+    assert [(r["behaviour"], r["sample"]) for r in first] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
+    assert first[0]["response_id"] == schema.response_id(first[0]["prompt_id"], "a", 0, "f")
+    assert bytes(first[1]["prefix_token_ids"]) and not first[0]["prefix_token_ids"]
+    _, refused = generate.expand_requests(prompts, job().generate, base.renderer(SPACE), "f", 40)
+    assert set(refused["error"].to_pylist()) == {"prompt_too_long"}
+
+
+def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, monkeypatch):
+    """The first score is on storage before half of the answers are."""
+    made, gen, sc = job(), Storage(str(tmp_path / "g")), Storage(str(tmp_path / "s"))
+    chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
+    result = sample(made, prompts, base, gen, monkeypatch, lambda ds: score.score_stream(ds, made, chats, sc))
+    assert result.rows_out == 64
+    answered = sorted(p.stat().st_mtime for p in (tmp_path / "g" / "responses").glob("*.parquet"))
+    scored = sorted(p.stat().st_mtime for p in (tmp_path / "s" / "scores").glob("*.parquet"))
+    assert len(answered) == len(scored) == 8
+    assert scored[0] < answered[4]
+    responses = gen.read_table("responses", schema.RESPONSES)
+    accounts = score.run(responses, chats, made, sc, Silent()).check("score")
+    assert accounts.rows_out == 64 - accounts.dropped["truncated"]
+    prefixed = [r for r in responses.to_pylist() if r["behaviour"] == "b"]
+    assert all(r["text"].startswith("Sorry.") and len(r["token_ids"]) == 6 for r in prefixed)
+
+
+def test_restart_samples_only_what_is_missing(local_ray, prompts, base, tmp_path, monkeypatch):
+    made, gen = job(), Storage(str(tmp_path))
+    sample(made, prompts, base, gen, monkeypatch)
+    ids = sorted(gen.read_table("responses", schema.RESPONSES)["response_id"].to_pylist())
+    lost, *kept = sorted((tmp_path / "responses").glob("*.parquet"))
+    before = {p: p.stat().st_mtime_ns for p in kept}
+    lost.unlink()
+    assert sample(made, prompts, base, gen, monkeypatch).rows_out == 64
+    again = gen.read_table("responses", schema.RESPONSES)["response_id"].to_pylist()
+    assert sorted(again) == ids and max(Counter(again).values()) == 1
+    assert all(p.stat().st_mtime_ns == before[p] for p in kept)
+
+
+def test_failing_rewards_quarantine_their_rows_only(local_ray, tmp_path):
+    faulty = [{"type": "function", "target": "tests.fakes:faulty_reward", "attributes": ["brevity"]}]
+    made = job(control={"attributes": [{"name": "brevity", "levels": 2}]}, rewards=faulty)
+    texts = ["fine", "nan", "boom", "also fine"]
+    rows = pa.table(
+        {"response_id": [str(i) for i in range(4)], "prompt_id": ["p"] * 4, "text": texts, "finish_reason": ["stop"] * 4}
+    )
+    out = Storage(str(tmp_path))
+    result = score.run(rows, {"p": [{"role": "user", "content": "q"}]}, made, out, Silent()).check("score")
+    assert result.rows_out == 2 and result.quarantined == {"RuntimeError": 1, "not_finite": 1}
+    details = {r["row_id"]: r["detail"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    assert "cannot read boom" in details["2"] and "brevity is nan" in details["1"]
+    scores = out.read_table("scores", schema.scores(["brevity"])).to_pylist()
+    assert {r["response_id"]: r["score_brevity"] for r in scores} == {"0": 4.0, "3": 9.0}
