@@ -163,6 +163,8 @@ class Sampling(Frozen):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    finish: Literal["model", "sentence"] = "model"
+    """`sentence`: an answer cut off at max_tokens is cut back to its last complete sentence and counts as finished."""
 
 
 class EngineSettings(Frozen):

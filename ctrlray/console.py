@@ -25,7 +25,7 @@ class StageLine:
         self._began = self._said = time.monotonic()
         self._rows = self._total = self._tokens = 0
         self._task: TaskID = console.bars.add_task(name, total=None, note="", rate="")
-        self._first_token: float | None = None
+        self._first_block: float | None = None
 
     def total(self, rows: int) -> None:
         """Say how many rows there will be."""
@@ -35,21 +35,23 @@ class StageLine:
     def advance(self, rows: int, tokens: int = 0) -> None:
         """Say that some more rows, with so many sampled tokens, are done."""
         self._rows += rows
-        self._tokens += tokens
+        if tokens and self._first_block is None:  # start-up is no part of the rate
+            self._first_block = time.monotonic()
+        else:
+            self._tokens += tokens
         self._console.bars.update(self._task, advance=rows, rate=self._rate())
         self._speak(f"{self._rows}/{self._total} rows {self._rate()}")
 
     def note(self, text: str) -> None:
         """Say what the stage is doing now."""
-        if text:
-            self._first_token = time.monotonic()
+        self._first_block, self._tokens = None, 0
         self._console.bars.update(self._task, note=text)
         if text:
             self._speak(text, force=True)
 
     def _rate(self) -> str:
-        seconds = time.monotonic() - (self._first_token or self._began)
-        return f"{self._tokens / seconds:.0f} tokens/s" if self._tokens and seconds > 1 else ""
+        seconds = time.monotonic() - (self._first_block or self._began)
+        return f"{self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
 
     def _speak(self, text: str, force: bool = False) -> None:
         if self._console.live:

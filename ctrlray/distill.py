@@ -231,7 +231,7 @@ def _unusable(pool: pa.Table, keep_truncated: bool) -> list[str]:
     columns = (pool[c].to_pylist() for c in ("prompt_id", "text", "token_ids", "finish_reason"))
     for prompt, text, tokens, finish in zip(*columns, strict=True):
         key = (prompt, (text or "").strip())
-        if finish != "stop" and not keep_truncated:
+        if finish not in schema.FINISHED and not keep_truncated:
             reasons.append("truncated")
         elif not key[1] or not tokens:
             reasons.append("empty")

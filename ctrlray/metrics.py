@@ -269,7 +269,7 @@ def _evaluate_method(table: pa.Table, method: str, control: config.Control, num_
         "num_excluded": table.num_rows - len(rows.prompt_N),
         "num_prompts": rows.num_prompts,
         "mean_tokens": float(table["num_tokens"].to_numpy().mean()),
-        "finished": sum(f == "stop" for f in finish) / len(finish),
+        "finished": sum(f in schema.FINISHED for f in finish) / len(finish),
         "attributes": attributes,
         "slopes": _matrix_json(slopes(rows.requested_NA, rows.units_NA, rows.prompt_N, weights_BP)),
         "slopes_length_adjusted": _matrix_json(slopes(rows.requested_NA, adjusted_NA, rows.prompt_N, weights_BP)),

@@ -171,7 +171,7 @@ def _start_ray(current: Run, stage: str) -> None:
     """Connect to a cluster or start a Ray of this run's own, once, and check that the job fits."""
     if stage not in ("generate", "score", "train", "evaluate", "export"):
         return
-    from ctrlray.quiet import quiet_ray
+    from ctrlray.quiet import quiet_ray, silenced_stderr
 
     quiet_ray()
     import ray
@@ -184,7 +184,8 @@ def _start_ray(current: Run, stage: str) -> None:
         if address:
             ray.init(address=address, log_to_driver=True, **shared)
         else:
-            ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
+            with silenced_stderr():
+                ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
     there = ray.cluster_resources()
     placement.check(current.job, there.get("CPU", 0), there.get("GPU", 0))
 

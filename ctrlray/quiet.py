@@ -5,9 +5,12 @@ The only place that sets environment variables for this process: all are setting
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 _NOISY = ("ray", "ray.data", "ray.train", "ray.serve", "transformers", "deepspeed", "DeepSpeed", "torch")
@@ -35,10 +38,28 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+    """Nothing on file descriptor 2: Ray's C++ core greets there, whatever its log level is. Exceptions still pass."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def quiet_ray() -> None:
-    """No bars of Ray Data."""
+    """No bars of Ray Data, and no warnings of what Ray Data itself sets."""
     quiet_libraries()
     import ray.data
+    from ray.util.annotations import RayDeprecationWarning
+
+    warnings.filterwarnings("ignore", category=RayDeprecationWarning)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

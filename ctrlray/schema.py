@@ -16,6 +16,8 @@ import pyarrow as pa
 from ctrlray.errors import DataError
 
 VERSION = 1
+FINISHED = ("stop", "sentence")
+"""Finish reasons of complete answers: ended by the model, or cut back to their last complete sentence. Else `length`."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -65,7 +67,7 @@ RESPONSES = _table(
         ("text", pa.string()),
         ("token_ids", TOKENS),  # with the end-of-turn token when finished
         ("logprob_sum", pa.float32()),  # nats of the sampled tokens, the prefix not among them, under the sampling prompt
-        ("finish_reason", pa.string()),  # stop | length
+        ("finish_reason", pa.string()),  # stop | sentence | length
         ("weights_version", pa.int32()),
         ("prompt_tokens", pa.int32()),
     ],

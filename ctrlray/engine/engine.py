@@ -7,6 +7,7 @@ learning; it knows nothing of Ray itself. vLLM is imported when an engine starts
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,9 +24,9 @@ class Completion(NamedTuple):
     token_ids: list[int]
     """With the end-of-turn token when finished."""
     logprob_sum: float
-    """Nats; sum of the sampled tokens' log-probs before temperature and masks."""
+    """Nats; sum of the log-probs of all sampled tokens, those cut back included, before temperature and masks."""
     finish_reason: str
-    """`stop` or `length`."""
+    """`stop`, `length`, or `sentence` for an answer cut back to its last complete sentence."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,20 @@ class Engine:
         )
         requests = [{"prompt_token_ids": [int(t) for t in p]} for p in prompts]
         outputs = self._llm.generate(requests, params, use_tqdm=False)
-        return [[_completion(sample) for sample in output.outputs] for output in outputs]
+        found = [[_completion(sample) for sample in output.outputs] for output in outputs]
+        if sampling.finish == "model":
+            return found
+        return [[self._to_sentence(c) if c.finish_reason == "length" else c for c in samples] for samples in found]
+
+    def _to_sentence(self, answer: Completion) -> Completion:
+        """The answer up to its last complete sentence and an end-of-turn token; as it was when no sentence is complete."""
+        tokenizer = self._llm.get_tokenizer()
+        for size in range(len(answer.token_ids), 0, -1):
+            text = self.decode(answer.token_ids[:size])
+            if ends_sentence(text):
+                ids = [*answer.token_ids[:size], int(tokenizer.eos_token_id)]
+                return Completion(text, ids, answer.logprob_sum, "sentence")
+        return answer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
@@ -122,6 +136,13 @@ class Engine:
     def checksum(self) -> dict[str, float]:
         """Sums of probe tensors, to compare engines that should hold the same weights."""
         return dict(self._llm.apply_model(_probe)[0])
+
+
+def ends_sentence(text: str) -> bool:
+    """Whether text ends where a sentence does: `Go home.` and `"Why?"`, but not `1.`, `e.g.` or `Dr.`."""
+    tail = text.rstrip()
+    ended = re.search(r"[.!?][\"')\]]*$", tail) is not None
+    return ended and not re.search(r"(^|\s)(\d+|[A-Za-z]|e\.g|i\.e|etc|Dr|Mr|Mrs|Ms|St|vs)\.$", tail)
 
 
 def tensor_names(folder: str) -> set[str]:

@@ -159,7 +159,6 @@ def consume(stream: ray.data.Dataset, progress: Progress) -> None:
     """Run a stream to its end, reporting each block; the blocks themselves were written by the actors."""
     try:
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            progress.note("")
             progress.advance(
                 block.num_rows, sum(map(len, block["token_ids"].to_pylist())) if "token_ids" in block.column_names else 0
             )

@@ -58,7 +58,7 @@ class ScoreBatch:
             return [str(e) for e in batch["error"].to_pylist()]
         if self._keep_truncated or "finish_reason" not in batch.column_names:
             return [""] * batch.num_rows
-        return ["" if r == "stop" else TRUNCATED for r in batch["finish_reason"].to_pylist()]
+        return ["" if r in schema.FINISHED else TRUNCATED for r in batch["finish_reason"].to_pylist()]
 
 
 class WriteScores:
@@ -157,7 +157,7 @@ def scorable(responses: pa.Table, job: config.Job) -> pa.Table:
     """Answers that get a score: the finished ones, or all when the job keeps truncated answers."""
     if job.distill.keep_truncated:
         return responses
-    return responses.filter(pa.array([r == "stop" for r in responses["finish_reason"].to_pylist()], pa.bool_()))
+    return responses.filter(pa.array([r in schema.FINISHED for r in responses["finish_reason"].to_pylist()], pa.bool_()))
 
 
 def job_attributes(job: config.Job) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def run(
     valid, train = valid_and_train_counts(examples)
     if not train:
         raise DataError("train: no training examples; lower distill.outer or add prompts or samples")
-    progress.total(len(job.train.objectives))
+    progress.total(0)
     tokens = 0
     facts: dict[str, Any] = {"workers": job.train.workers, "zero_stage": job.train.zero_stage}
     for objective in job.train.objectives:
@@ -47,12 +48,40 @@ def run(
                 seed=job.seed,
                 key=key,
             )
-            _fit(task, name, out)
+            with _Watch(place, progress):
+                _fit(task, name, out)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {"steps": len(curves), "seconds": round(sum(p["seconds"] for p in curves), 1)}
-        progress.advance(1)
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
+
+
+class _Watch:
+    """Reports a running objective's steps, which rank 0 notes beside its output: `fit` itself blocks until the end."""
+
+    def __init__(self, place: Storage, progress: Progress) -> None:
+        self._place, self._progress = place, progress
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._poll, daemon=True)
+
+    def __enter__(self) -> None:
+        """Start watching."""
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        """Stop watching."""
+        self._over.set()
+        self._thread.join()
+
+    def _poll(self) -> None:
+        seen = 0
+        while not self._over.wait(2.0):
+            if self._place.exists("progress.json"):
+                now = self._place.read_json("progress.json")
+                self._progress.total(now["steps"])
+                if now["step"] > seen:
+                    self._progress.advance(now["step"] - seen)
+                    seen = now["step"]
 
 
 def _fit(task: TrainTask, name: str, out: Storage) -> None:

@@ -101,6 +101,8 @@ class _Loop:
         start = self._resume()
         for step in range(start, len(self.steps)):
             point = self._step(step)
+            if self.rank == 0:
+                self.task.out.write_json({"step": step + 1, "steps": len(self.steps), "tokens": point["tokens"]}, "progress.json")
             last = step == len(self.steps) - 1
             if (step + 1) % self.task.settings.eval_every == 0 or last:
                 gaps = self._code_gaps(None if last else self.task.settings.eval_examples)

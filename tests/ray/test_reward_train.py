@@ -79,7 +79,7 @@ def make_job(folder, **changes):
                 out.write(json.dumps(row) + "\n")
         out.write(json.dumps({**row, "finish_reason": "length"}) + "\n")
     fit = Fit(layers=(1, 2), positions=("last", "mean"), l2=0.01, between=0.5)
-    settings = {"attributes": tuple(files), "pool": str(pool), "fit": fit, "batch_size": 16, "actors": Pool(max_size=2)}
+    settings = {"attributes": tuple(files), "pool": str(pool), "fit": fit, "batch_size": 16, "actors": Pool()}
     settings |= {"trials": {"one layer": Fit(layers=(2,), l2=0.01)}, **changes}
     return RewardTrainJob(name="tiny", out=str(folder), **settings)
 
