@@ -70,7 +70,7 @@ class Transformers:
             ids = torch.tensor([[0] * (width - len(p)) + p for p in batch])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
             self._model.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=0.8, max_new_tokens=tokens, min_new_tokens=tokens
+                ids, attention_mask=mask, do_sample=True, temperature=0.8, min_p=0.05, max_new_tokens=tokens, min_new_tokens=tokens
             )
         return tokens * len(prompts), time.perf_counter() - began
 
@@ -115,10 +115,10 @@ def ctrlray_pass(spec: EngineSpec, prompts: list[list[int]], sampling: config.Sa
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=192)
+    parser.add_argument("--requests", type=int, default=384)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=128)
     options = parser.parse_args()
     quiet_ray()
     space = ControlSpace((config.Attribute(name="helpfulness", levels=3), config.Attribute(name="safety", levels=3)))
@@ -133,6 +133,7 @@ def main() -> None:
         "max_tokens": options.tokens,
         "temperature": 0.8,
         "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
         "logprobs": 0,
         "logit_bias": dict.fromkeys(base.control_ids, -100.0),
     }

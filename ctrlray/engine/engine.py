@@ -71,6 +71,7 @@ class EngineSpec:
             "block_size": self.settings.block_size,
             "tensor_parallel_size": self.settings.tensor_parallel,
             "enable_prefix_caching": True,
+            "enforce_eager": not (self.settings.compile if self.settings.compile is not None else self.gpus > 0),
             "seed": self.seed,
             "disable_log_stats": True,
             **placed,
@@ -96,6 +97,7 @@ class Engine:
             max_tokens=sampling.max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p if sampling.temperature else 1.0,
+            min_p=sampling.min_p if sampling.temperature else 0.0,
             logprobs=0,
             logit_bias=dict.fromkeys(self.spec.masked_ids, -100.0) or None,
         )
@@ -142,7 +144,7 @@ def ends_sentence(text: str) -> bool:
     """Whether text ends where a sentence does: `Go home.` and `"Why?"`, but not `1.`, `e.g.` or `Dr.`."""
     tail = text.rstrip()
     ended = re.search(r"[.!?][\"')\]]*$", tail) is not None
-    return ended and not re.search(r"(^|\s)(\d+|[A-Za-z]|e\.g|i\.e|etc|Dr|Mr|Mrs|Ms|St|vs)\.$", tail)
+    return ended and not re.search(r"(^|[\s.])(\d+|[A-Za-z]|e\.g|i\.e|etc|Dr|Mr|Mrs|Ms|St|vs)\.$", tail)
 
 
 def tensor_names(folder: str) -> set[str]:

@@ -103,7 +103,9 @@ class Penalties:
     cross: float
     """On the other attributes' pairs, chosen and rejected should score alike on average."""
     length: float
-    """Scores, and margins, should not follow length."""
+    """Scores should not follow length within a prompt of the pool."""
+    pair_length: float
+    """Margins should not follow the pairs' difference in length. People often prefer longer answers, so this costs accuracy."""
     between: float
     """Heads should not follow each other within a prompt of the pool."""
 
@@ -136,7 +138,8 @@ class Objective:
     loss = sum_a  mean_P log(1 + exp(-margin_a))                       own pairs, Bradley-Terry
          + l2/2 * |w_a|^2
          + cross   * sum_{b != a} cos^2(margins of a on b's pairs, 1)   cos^2 = mean^2 / mean square
-         + length  * (sum_b cos^2(margins of a on b's pairs, length gap of b) + r^2(score_a, length) on the pool)
+         + length  * r^2(score_a, length) on the pool
+         + pair_length * sum_b cos^2(margins of a on b's pairs, length gap of b)
          + between * sum_{b > a} r^2(score_a, score_b) on the pool
 
     On the pool scores and lengths are centred within each prompt. With A = 1 `cross` and `between` vanish.
@@ -168,7 +171,7 @@ class Objective:
     def _on_pairs(self, margin: Floats, length_gap: Floats, *, own: bool) -> tuple[float, Floats]:
         """Loss of one head on one attribute's pairs, and its gradient in the margins [P]."""
         length, by_margin, _ = squared_cosine(margin, length_gap)
-        loss, grad = self.by.length * length, self.by.length * by_margin
+        loss, grad = self.by.pair_length * length, self.by.pair_length * by_margin
         if own:
             loss += float(np.logaddexp(0, -margin).mean())
             return loss, grad - 1 / (1 + np.exp(np.clip(margin, -500, 500))) / len(margin)

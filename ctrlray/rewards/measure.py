@@ -129,14 +129,14 @@ def card_text(card: Mapping[str, Any]) -> str:
 
 def _trials(card: Mapping[str, Any]) -> list[str]:
     names = list(card["measured"]["attributes"])
-    head = ["setting", "layers", "positions", "l2", "cross", "length", "between"]
+    head = ["setting", "layers", "positions", "l2", "cross", "length", "pair_length", "between"]
     head += [f"{n} accuracy" for n in names] + ["r between"] + [f"r {n}, length" for n in names]
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     chosen = {"chosen": {"fit": card["fit"], "measured": card["measured"]}}
     for name, trial in {**chosen, **card["trials"]}.items():
         fit, m = trial["fit"], trial["measured"]
         cells: list[Any] = [name, _join(fit["layers"]), _join(fit["positions"])]
-        cells += [f"{fit[k]:g}" for k in ("l2", "cross", "length", "between")]
+        cells += [f"{fit[k]:g}" for k in ("l2", "cross", "length", "pair_length", "between")]
         cells += [f"{m['attributes'][n]['accuracy'][0]:.3f}" for n in names]
         cells.append(", ".join(f"{r[0]:+.2f}" for r in m.get("correlations", {}).values()) or "-")
         cells += [f"{m['attributes'][n].get('length_correlation', [math.nan])[0]:+.2f}" for n in names]

@@ -48,12 +48,13 @@ class Fit(Frozen):
     l2: Annotated[float, Field(gt=0)] = 1.0
     cross: Annotated[float, Field(ge=0)] = 0.0
     length: Annotated[float, Field(ge=0)] = 0.0
+    pair_length: Annotated[float, Field(ge=0)] = 0.0
     between: Annotated[float, Field(ge=0)] = 0.0
 
     @property
     def penalties(self) -> Penalties:
         """The plain numbers that the fit takes."""
-        return Penalties(self.l2, self.cross, self.length, self.between)
+        return Penalties(self.l2, self.cross, self.length, self.pair_length, self.between)
 
 
 class RewardTrainJob(Frozen):
@@ -73,7 +74,7 @@ class RewardTrainJob(Frozen):
     pool: str | None = None
     """Finished answers sampled from the model, jsonl or parquet with `messages` and `response`, several per prompt.
 
-    Without one, `between` and the pool's part of `length` have no effect and no correlations are reported."""
+    Without one, `between` and `length` have no effect and no correlations are reported."""
     pool_fit_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
     """Share of the pool's prompts that the fit sees; correlations are reported on the others."""
     fit: Fit = Fit()

@@ -1,4 +1,4 @@
-"""Runs in a process of its own, with vLLM and without ctrlray: loads an exported folder, turns its dial, samples 10,000 tokens."""
+"""Runs in a process of its own, with vLLM and without ctrlray: loads an exported folder, turns its dial, samples 10k tokens."""
 
 from __future__ import annotations
 

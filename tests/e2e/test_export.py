@@ -1,4 +1,4 @@
-"""The exported folder of the real model in plain vLLM and plain transformers: the dial is there, control tokens never come out."""
+"""The exported folder of the real model in plain vLLM and plain transformers: the dial works, control tokens never come out."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ class Letters:
 def test_cut_answer_goes_back_to_its_last_sentence():
     engine = object.__new__(Engine)
     engine._llm = type("LLM", (), {"get_tokenizer": lambda self: Letters()})()
-    text = "One two. Three. Four fi"
+    text = "One two. Three.\nFour fi"
     cut = engine._to_sentence(Completion(text, [ord(c) for c in text], -3.0, "length"))
-    assert cut.text == "One two. Three." and cut.finish_reason == "sentence"
-    assert cut.token_ids == [*map(ord, "One two. Three."), 0]
+    assert cut.text == "One two. Three.\n" and cut.finish_reason == "sentence"
+    assert cut.token_ids == [*map(ord, "One two. Three.\n"), 0]
     whole = Completion("no end", [ord(c) for c in "no end"], -3.0, "length")
     assert engine._to_sentence(whole) == whole
 

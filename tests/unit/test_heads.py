@@ -1,6 +1,7 @@
 """Reward heads: scores by hand, the loss and its gradient, what each penalty does, intervals, the file format."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from ctrlray.rewards.heads import (
     within,
 )
 
-PLAIN = Penalties(l2=0.1, cross=0, length=0, between=0)
+PLAIN = Penalties(l2=0.1, cross=0, length=0, pair_length=0, between=0)
 
 
 def small_heads() -> Heads:
@@ -98,7 +99,7 @@ def test_squared_cosine_by_hand():
 
 def test_bradley_terry_loss_by_hand():
     # One pair per attribute with feature gap 1 in one dimension, weight ln 3: margin ln 3, loss ln(1 + 1/3) = ln(4/3).
-    objective = Objective([np.ones((1, 1))], [np.zeros(1)], np.zeros((0, 1)), np.zeros(0), Penalties(0.2, 0, 0, 0))
+    objective = Objective([np.ones((1, 1))], [np.zeros(1)], np.zeros((0, 1)), np.zeros(0), replace(PLAIN, l2=0.2))
     loss, grad = objective(np.array([math.log(3)]))
     assert loss == pytest.approx(math.log(4 / 3) + 0.1 * math.log(3) ** 2)
     # d/dw: -sigmoid(-margin) + l2 * w = -1/4 + 0.2 ln 3
@@ -110,7 +111,7 @@ def test_gradient_of_all_terms():
     gaps = [p.chosen - p.rejected for p in preferences.values()]
     lengths = [p.length_gap for p in preferences.values()]
     objective = Objective(
-        gaps, lengths, within(pool.features, pool.prompt), within(pool.length, pool.prompt), Penalties(0.3, 0.7, 1.1, 1.3)
+        gaps, lengths, within(pool.features, pool.prompt), within(pool.length, pool.prompt), Penalties(0.3, 0.7, 1.1, 0.9, 1.3)
     )
     for seed in range(3):
         at = np.random.default_rng(seed).normal(size=12)
@@ -127,7 +128,7 @@ def test_chosen_scores_higher():
 
 def test_heads_oppose_without_the_penalty_and_not_with_it():
     plain, _, pool = fit(PLAIN)
-    free, preferences, _ = fit(Penalties(l2=0.1, cross=0, length=0, between=3))
+    free, preferences, _ = fit(replace(PLAIN, between=3))
     assert measure.correlation(*plain.score(pool.features).T, pool.prompt, seed=0)[0] < -0.6
     assert abs(measure.correlation(*free.score(pool.features).T, pool.prompt, seed=0)[0]) < 0.15
     for i, pairs in enumerate(preferences.values()):
@@ -139,8 +140,17 @@ def test_length_penalty():
         return abs(measure.correlation(heads.score(pool.features)[:, 0], pool.length, pool.prompt, seed=0)[0])
 
     plain, _, pool = fit(PLAIN)
-    free, _, _ = fit(Penalties(l2=0.1, cross=0, length=3, between=0))
+    free, _, _ = fit(replace(PLAIN, length=3))
     assert r(plain, pool) > 0.2 > 0.1 > r(free, pool)
+
+
+def test_pair_length_penalty():
+    def r(heads: Heads, preferences: dict[str, Preferences]) -> float:
+        return max(squared_cosine(measure.margin(heads, p)[:, 0], p.length_gap)[0] for p in preferences.values())
+
+    plain, preferences, _ = fit(PLAIN)
+    free, _, _ = fit(replace(PLAIN, pair_length=3))
+    assert r(plain, preferences) > 0.05 > 0.01 > r(free, preferences)
 
 
 def test_cross_penalty_makes_heads_neutral_on_the_others_pairs():
@@ -149,7 +159,7 @@ def test_cross_penalty_makes_heads_neutral_on_the_others_pairs():
         return abs(float(margins.mean() / margins.std()))
 
     plain, preferences, _ = fit(PLAIN)
-    free, _, _ = fit(Penalties(l2=0.1, cross=3, length=0, between=0))
+    free, _, _ = fit(replace(PLAIN, cross=3))
     assert bias(plain, preferences) > 0.5 > 0.1 > bias(free, preferences)
 
 
@@ -166,7 +176,7 @@ def test_fit_does_not_depend_on_scale_of_features():
     factor = np.array([1, 10, 0.1, 3, 1, 7])
     scaled = {k: Preferences(p.chosen * factor, p.rejected * factor, p.length_gap) for k, p in preferences.items()}
     options = {"layers": [1], "positions": ["last"], "fingerprint": "x"}
-    by = Penalties(0.1, 1, 1, 1)
+    by = Penalties(0.1, 1, 1, 1, 1)
     one = fit_heads(preferences, pool, by, **options).score(pool.features)
     two = fit_heads(scaled, Answers(pool.features * factor, pool.prompt, pool.length), by, **options)
     np.testing.assert_allclose(two.score(pool.features * factor), one, atol=2e-3)

@@ -104,7 +104,7 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="broken gzip"):
         load(tmp_path, config.FilePrompts(path=str(tmp_path / "bad.jsonl.gz")))
     (tmp_path / "few.jsonl").write_text('{"prompt": "a"}')
-    with pytest.raises(ConfigError, match="lower prompts.train"):
+    with pytest.raises(ConfigError, match=r"lower prompts\.train"):
         load(tmp_path, config.FilePrompts(path=str(tmp_path / "few.jsonl")))
 
 

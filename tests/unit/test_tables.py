@@ -21,7 +21,7 @@ def test_parts_are_read_in_order_and_replace_themselves(tmp_path):
     out.write_table(from_rows([ROW], shape), "scores", "part-1")
     assert out.read_table("scores", shape)["response_id"].to_pylist() == ["0", "a"]
     assert out.read_table("absent", shape).num_rows == 0
-    assert not [p for p in tmp_path.rglob("*.tmp")]
+    assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
