@@ -75,9 +75,9 @@ def main() -> None:
     minutes = [sum((r.result(s) or {})["seconds"] for s in STAGES) / 60 for r in runs]
     gap, spread = gap_over_seeds(runs, method)
     figures = [
-        figure("pipeline minutes, slowest seed (set-up adds about 1)", f"<= {SET_UP_MINUTES}", round(max(minutes), 1),
+        figure("pipeline minutes, slowest seed; set-up adds 1", f"<= {SET_UP_MINUTES}", round(max(minutes), 1),
                max(minutes) + 1 <= SET_UP_MINUTES, [round(min(minutes), 1), round(max(minutes), 1)]),
-        figure("held-out NLL(wrong) - NLL(right), nats per token, over seeds", "> 0, interval excluding 0", gap, spread[0] > 0, spread),
+        figure("held-out NLL(wrong) - NLL(right), nats per token", "> 0, interval excluding 0", gap, spread[0] > 0, spread),
     ]  # fmt: skip
     for run in runs:
         g = code_gaps(run)[method]

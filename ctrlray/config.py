@@ -329,8 +329,8 @@ class Train(Frozen):
     epochs: Annotated[float, Field(gt=0)] = 2.0
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples per optimizer step, over all workers."""
-    micro_batch_tokens: Annotated[int, Field(ge=64)] = 2048
-    """Most tokens in one forward pass of one worker; longer examples pass alone."""
+    micro_batch_tokens: Annotated[int, Field(ge=64)] = 768
+    """Most padded tokens in one forward pass of one worker; longer rows pass alone. Small wastes less on padding."""
     share_prompts: bool = True
     """One pass holds a prompt once and all its answers as branches (a tree mask); off: one sequence per answer."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1

@@ -342,7 +342,7 @@ def _content(source: config.PromptSource) -> str:
 
 
 def _model_stamp(model: config.Model) -> str:
-    """Fingerprint of a local model folder, so that new weights in an old place are seen; hub models count by name and revision."""
+    """Fingerprint of a local model folder, so that new weights in an old place are seen; hub models count by name."""
     path = Path(model.name).expanduser()
     return models.fingerprint(path) if path.is_dir() else ""
 

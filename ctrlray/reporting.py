@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ctrlray import models, schema
+from ctrlray import config, models, schema
 from ctrlray.metrics import alarms, code_gap
 
 if TYPE_CHECKING:
@@ -56,8 +59,30 @@ def gather(run: Run) -> Any:
         pool_slopes=facts["pool_slopes"],
         samples=_samples(run),
         alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
-        reward_card=None,
+        reward_card=_reward_card(run),
     )
+
+
+def _reward_card(run: Run) -> dict[str, str] | None:
+    """What is known of the embedded heads, when the job uses them; rewards of the user's own bring their own cards."""
+    for reward in run.job.rewards:
+        if isinstance(reward, config.EmbeddedReward):
+            path = Path(reward.heads) if reward.heads else Path(str(resources.files("ctrlray") / "assets/heads/smollm2-hh"))
+            file = path.with_suffix(".json")
+            return _flat_card(json.loads(file.read_text())["measured"]) if file.is_file() else None
+    return None
+
+
+def _flat_card(measured: Mapping[str, Any]) -> dict[str, str]:
+    """`{"helpfulness accuracy": "0.651 [0.599, 0.700]", ...}`: every figure that has an interval."""
+    rows = {}
+    for name, values in measured["attributes"].items():
+        for key, value in values.items():
+            if isinstance(value, list) and len(value) == 3 and key != "train_accuracy":
+                rows[f"{name}: {key.replace('_', ' ')}"] = "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+    for name, value in measured.get("correlations", {}).items():
+        rows[f"within-prompt correlation, {name}"] = "{:.3f} [{:.3f}, {:.3f}]".format(*value)
+    return rows
 
 
 def code_gaps(run: Run) -> dict[str, dict[str, Any]]:
