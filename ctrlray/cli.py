@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -154,10 +155,25 @@ for _verb, _text in {
     "distill": "Make balanced training examples of the scored answers.",
     "train": "Fine-tune with every objective of the job.",
     "evaluate": "Answer the grid of settings on held-out prompts with every method, and measure control.",
-    "export": "Write the dialled model as a folder for transformers and vLLM.",
     "report": "Write the HTML report.",
 }.items():
     _add_stage(_verb, _text)
+
+
+_EXPORT = "ctrlray export\nctrlray export job.yaml --levels safety=2..3 --levels helpfulness=1..3"
+
+
+@_command(main, "export", "Write the dialled model as a folder for transformers and vLLM.", _EXPORT)
+@click.option("--levels", multiple=True, metavar="NAME=LOW..HIGH", help="Allow these levels only; repeatable.")
+@_job_options
+def _export(levels: tuple[str, ...], job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+    ranges = []
+    for text in levels:
+        found = re.fullmatch(r"(\w+)=(\d+)\.\.(\d+)", text)
+        if not found:
+            raise click.BadParameter(f"{text!r}; write it as safety=2..3", param_hint="--levels")
+        ranges.append(f"export.levels.{found[1]}=[{found[2]}, {found[3]}]")
+    _run(["export"], job, (*overrides, *ranges), dry_run, debug)
 
 
 @main.group("models")

@@ -9,10 +9,10 @@ from ctrlray import config
 
 # Rates of SmolLM2-135M on two x86 cores, in tokens or rows per second; other models scale by their parameters.
 REFERENCE_PARAMETERS = 135e6
-GENERATE_TOKENS = 130.0
-SCORE_ROWS = 12.0
+GENERATE_TOKENS = 200.0
+SCORE_ROWS = 10.0
 TRAIN_TOKENS = 250.0
-ENGINE_START_S = 60.0
+ENGINE_START_S = 30.0
 PROMPT_TOKENS = 60
 """Assumed length of a rendered prompt."""
 

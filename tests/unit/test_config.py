@@ -100,6 +100,14 @@ def test_cli_prints_one_readable_error():
     assert result.exit_code == 2 and "train.epochs" in result.output and "Traceback" not in result.output
 
 
+def test_export_levels_become_settings():
+    result = CliRunner().invoke(main, ["export", "smoke", "--dry-run", "--levels", "safety=2..2"])
+    assert result.exit_code == 0 and "safety:\n    - 2\n    - 2" in result.output
+    assert CliRunner().invoke(main, ["export", "smoke", "--dry-run", "--levels", "safety=2-3"]).exit_code == 2
+    result = CliRunner().invoke(main, ["export", "smoke", "--dry-run", "--levels", "safety=1..3"])
+    assert result.exit_code == 2 and "must lie in 1..2" in result.output
+
+
 def test_dry_run_starts_nothing(tmp_path):
     root = tmp_path / "run"
     result = CliRunner().invoke(main, ["pipeline", "smoke", "--dry-run", "--set", f"run_root={root}"])
