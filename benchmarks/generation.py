@@ -69,9 +69,7 @@ class Transformers:
             width = max(map(len, batch))
             ids = torch.tensor([[0] * (width - len(p)) + p for p in batch])
             mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch])
-            self._model.generate(
-                ids, attention_mask=mask, do_sample=True, temperature=0.8, min_p=0.05, max_new_tokens=tokens
-            )
+            self._model.generate(ids, attention_mask=mask, do_sample=True, temperature=0.8, min_p=0.05, max_new_tokens=tokens)
         return tokens * len(prompts), time.perf_counter() - began
 
 
