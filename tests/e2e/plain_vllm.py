@@ -8,7 +8,7 @@ import sys
 from vllm import LLM, SamplingParams
 
 folder, asked = sys.argv[1], json.loads(sys.argv[2])
-llm = LLM(folder, dtype=asked["dtype"], max_model_len=512, block_size=32, max_num_seqs=128, disable_log_stats=True)
+llm = LLM(folder, dtype=asked["dtype"], max_model_len=512, block_size=32, max_num_seqs=128, enforce_eager=True)
 turns = [{"role": "user", "content": "Tell me <|safety:1|> about tea."}]
 prompts = {}
 for levels in asked["levels"]:
