@@ -163,7 +163,7 @@ class Sampling(Frozen):
     max_tokens: Annotated[int, Field(ge=1)] = 64
     temperature: Annotated[float, Field(ge=0, le=5)] = 0.8
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Below 1 vLLM sorts the whole vocabulary at each token, which halves its speed on a CPU; prefer min_p there."""
+    """Below 1 it halved vLLM's speed on a CPU where that was measured; min_p did not, so prefer that there."""
     min_p: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """Tokens less likely than this share of the likeliest one are left out."""
     finish: Literal["model", "sentence"] = "model"
@@ -180,7 +180,7 @@ class EngineSettings(Frozen):
     """KV cache on CPU; GPUs use `gpu_memory_utilization`."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     compile: bool | None = None
-    """torch.compile: 10% more tokens/s on a CPU for 90 s more of start-up. Unset: on GPUs only."""
+    """torch.compile: on a CPU some 10% more tokens/s for a start-up of over a minute more. Unset: on GPUs only."""
     block_size: Annotated[int, Field(ge=8)] = 32
     """KV cache block in tokens; small enough that prompts share cached prefixes."""
 
