@@ -14,7 +14,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from ctrlray.config import Attribute, Control
 from ctrlray.errors import ConfigError, DataError
@@ -24,18 +24,6 @@ ZERO_WIDTH = "\u200b"
 _LEVEL_WORDS = ("very low", "low", "medium", "high", "very high")
 
 Levels = tuple[int, ...]
-
-
-class Tokenizer(Protocol):
-    """The part of a transformers tokenizer that rendering needs."""
-
-    chat_template: Any
-
-    def apply_chat_template(self, conversation: Any, **kwargs: Any) -> Any:
-        """Render a conversation."""
-
-    def __call__(self, text: str, **kwargs: Any) -> Any:
-        """Tokenise text."""
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,7 @@ def _split(rows: list[dict[str, Any]], settings: config.Prompts, seed: int) -> l
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         row["_turn"] = schema.first_human_turn(row["messages"])
-        by_source.setdefault(_group(row), []).append(row)
+        by_source.setdefault(row["source"], []).append(row)
     queues = [
         sorted(group, key=lambda r: (schema.digest(seed, "split", r["_turn"]), r["prompt_id"]))
         for _, group in sorted(by_source.items())
@@ -89,10 +89,6 @@ def _split(rows: list[dict[str, Any]], settings: config.Prompts, seed: int) -> l
             f"{len(rows)} different ones; lower prompts.train or prompts.eval, or add a source"
         )
     return chosen
-
-
-def _group(row: dict[str, Any]) -> str:
-    return str(row["source"])
 
 
 def read_source(source: config.PromptSource) -> Iterator[Row]:
