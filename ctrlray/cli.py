@@ -202,15 +202,30 @@ def _reward() -> None:
 @click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 def _reward_train(job: Path, debug: bool) -> None:
-    import json
-
-    import yaml
-
-    from ctrlray.config import parse
-    from ctrlray.rewards.train import RewardTrainJob, train_heads
+    from ctrlray.rewards.measure import card_text
 
     try:
-        card = train_heads(parse(RewardTrainJob, yaml.safe_load(job.read_text()), where=str(job)))
-        click.echo(json.dumps(card, indent=1))
-    except CtrlRayError as error:
+        click.echo(card_text(_fit_heads(job)))
+    except Exception as error:
         _fail(error, debug)
+
+
+def _fit_heads(path: Path) -> dict[str, Any]:
+    """Sample the pool where the job names a job file for it, then make the heads; returns their card."""
+    import yaml
+
+    from ctrlray import pipeline
+    from ctrlray.config import parse
+    from ctrlray.console import Console
+    from ctrlray.rewards.train import RewardTrainJob, read_pool, train_heads
+
+    job = parse(RewardTrainJob, yaml.safe_load(path.read_text()), where=str(path))
+    with Console(str(job.folder)) as console:
+        if job.pool and job.pool.endswith((".yaml", ".yml")):
+            pool = pipeline.finished_answers(load_job(path.parent / job.pool), console.stage)
+        else:
+            pool = read_pool(job.pool) if job.pool else []
+        pipeline.start_ray(job.cluster)
+        card = train_heads(job, pool, progress=console.stage("features"))
+        console.print(f"heads   {job.folder / job.name}.safetensors")
+    return card

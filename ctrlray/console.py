@@ -130,4 +130,5 @@ class Console:
 
 def _account(stage: str, r: dict[str, Any]) -> str:
     dropped, bad = sum(r["dropped"].values()), sum(r["quarantined"].values())
-    return f"{stage:<10}{r['rows_in']:>7}{r['rows_out']:>7}{dropped:>9}{bad:>13}{r['tokens'] or '':>9}{r['seconds']:>9}"
+    seconds = f"  with {host}" if (host := r["facts"].get("streamed_behind")) else f"{r['seconds']:>9}"
+    return f"{stage:<10}{r['rows_in']:>7}{r['rows_out']:>7}{dropped:>9}{bad:>13}{r['tokens'] or '':>9}{seconds}"

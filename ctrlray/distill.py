@@ -123,14 +123,6 @@ def prompt_quantiles(scores: ArrayLike, prompt_ids: Sequence[str]) -> Floats:
     return quantiles
 
 
-def prompt_levels(scores: ArrayLike, prompt_ids: Sequence[str], num_levels: int) -> Ints:
-    """Levels 1..L by rank among the answers to the same prompt (for training rows only); 0 for a prompt's only answer.
-
-    Ties share a level, and the levels of one prompt hold equally many answers as far as ties allow.
-    """
-    return _bins(prompt_quantiles(scores, prompt_ids), num_levels)
-
-
 def distill(pool: pa.Table, control: config.Control, settings: config.Distill, seed: int) -> Distilled:
     """Make training examples of a scored pool.
 

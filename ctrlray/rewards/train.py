@@ -20,13 +20,14 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field, model_validator
 
-from ctrlray import config
-from ctrlray.config import Frozen, Model, Pool
+from ctrlray import config, models
+from ctrlray.config import Cluster, Frozen, Model, Pool
 from ctrlray.errors import DataError
+from ctrlray.hh import Pair, judge_half, read_pairs
+from ctrlray.ledger import Progress, Silent
 from ctrlray.rewards import measure
 from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Penalties, Preferences, fit_heads
-from ctrlray.rewards.pairs import Pair, judge_half, read_pairs
-from ctrlray.schema import MESSAGES, Message, first_human_turn, prompt_id
+from ctrlray.schema import MESSAGES, Message, digest, first_human_turn, prompt_id
 
 
 class PairFiles(Frozen):
@@ -72,7 +73,8 @@ class RewardTrainJob(Frozen):
     max_pairs: Annotated[int, Field(ge=4)] | None = None
     """Per file; for trials."""
     pool: str | None = None
-    """Finished answers sampled from the model, jsonl or parquet with `messages` and `response`, several per prompt.
+    """Finished answers sampled from the model, several per prompt: a job file (.yaml, relative to this one) whose
+    `generate` stage samples them, or a jsonl or parquet file with `messages` and `response`.
 
     Without one, `between` and `length` have no effect and no correlations are reported."""
     pool_fit_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
@@ -84,6 +86,7 @@ class RewardTrainJob(Frozen):
     """Longer dialogues lose their beginning."""
     batch_size: Annotated[int, Field(ge=1)] = 64
     actors: Pool = Pool(max_size=2)
+    cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _consistent(self) -> RewardTrainJob:
@@ -98,6 +101,10 @@ class RewardTrainJob(Frozen):
     def folder(self) -> Path:
         """Where heads and card are written."""
         return Path(self.out).expanduser() if self.out else config.data_home() / "heads"
+
+
+PoolRow = tuple[list[Message], str]
+"""A plain prompt and one finished answer of the model's own."""
 
 
 @dataclass(frozen=True)
@@ -125,26 +132,26 @@ class AddFeatures:
         return {"row": batch["row"].to_numpy(), "features": features, "length": np.log(np.maximum(tokens, 1))}
 
 
-def train_heads(job: RewardTrainJob, folder: Path | None = None) -> dict[str, Any]:
+def train_heads(
+    job: RewardTrainJob, pool: Sequence[PoolRow] = (), folder: Path | None = None, progress: Progress | None = None
+) -> dict[str, Any]:
     """Make heads and card as `job` says, from the model in `folder` (resolved from `job.model` when unset).
 
-    Uses the running Ray, or starts one. Writes <name>.safetensors, .json and .md into `job.folder`; returns the card.
+    `pool` holds the unlabelled answers, see `read_pool`. Uses the running Ray, or starts one. Writes <name>.safetensors,
+    .json and .md into `job.folder`; returns the card.
     """
-    from ctrlray import models
-
     folder = models.resolve(job.model) if folder is None else folder
     pairs, dropped = _read_all(job)
-    pool = read_pool(job.pool) if job.pool else []
     rows = [_Row(part, p.messages, text) for part, ps in pairs.items() for p in ps for text in (p.chosen, p.rejected)]
     rows += [_Row("pool", tuple(m), r) for m, r in pool]
     every = [job.fit, *job.trials.values()]
     layers = sorted({k for f in every for k in f.layers})
     positions = sorted({p for f in every for p in f.positions})
-    features, lengths = extract(job, folder, rows, layers, positions)
+    fingerprint = models.fingerprint(folder)
+    features, lengths = cached_features(job, folder, fingerprint, rows, layers, positions, progress or Silent())
     parts = np.array([r.part for r in rows])
     groups = _group_numbers([m for m, _ in pool])
     seen = np.array([_share(prompt_id(m)) < job.pool_fit_share for m, _ in pool], bool)
-    fingerprint = models.fingerprint(folder)
 
     def run(fit: Fit) -> tuple[Heads, dict[str, Any]]:
         columns = _columns(fit, layers, positions, features.shape[1])
@@ -183,8 +190,40 @@ def train_heads(job: RewardTrainJob, folder: Path | None = None) -> dict[str, An
     return card
 
 
+def cached_features(
+    job: RewardTrainJob,
+    folder: Path,
+    fingerprint: str,
+    rows: Sequence[_Row],
+    layers: Sequence[int],
+    positions: Sequence[str],
+    progress: Progress,
+) -> tuple[Floats, Floats]:
+    """As `extract`, kept in the user's cache: fits are seconds, features many minutes."""
+    from safetensors.numpy import load_file, save_file
+
+    dtype = models.pick_dtype(job.model.dtype, gpu=job.actors.gpus > 0)
+    answers = [(r.messages, r.response) for r in rows]
+    key = digest("features", fingerprint, dtype, job.max_tokens, list(layers), list(positions), answers)
+    path = config.cache_home() / "features" / f"{key}.safetensors"
+    if path.is_file():
+        kept = load_file(path)
+        return kept["features"], kept["lengths"]
+    features, lengths = extract(job, folder, rows, layers, positions, progress)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    save_file({"features": features, "lengths": lengths}, partial)
+    partial.replace(path)
+    return features, lengths
+
+
 def extract(
-    job: RewardTrainJob, folder: Path, rows: Sequence[_Row], layers: Sequence[int], positions: Sequence[str]
+    job: RewardTrainJob,
+    folder: Path,
+    rows: Sequence[_Row],
+    layers: Sequence[int],
+    positions: Sequence[str],
+    progress: Progress,
 ) -> tuple[Floats, Floats]:
     """Features [N, F] and log lengths [N] of all rows, in their order, by an actor pool under Ray Data."""
     import ray
@@ -212,22 +251,24 @@ def extract(
         num_gpus=job.actors.gpus,
         max_restarts=job.actors.max_restarts,
     )
+    progress.total(len(rows))
     features: Floats | None = None
     lengths = np.full(len(rows), np.nan)
     for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
         if features is None:
             features = np.empty((len(rows), batch["features"].shape[1]), np.float32)
         features[batch["row"]], lengths[batch["row"]] = batch["features"], batch["length"]
+        progress.advance(len(batch["row"]))
     if features is None or np.isnan(lengths).any():
         raise DataError(f"features are missing for {int(np.isnan(lengths).sum())} of {len(rows)} answers")
     return features, lengths
 
 
-def read_pool(path: str) -> list[tuple[list[Message], str]]:
+def read_pool(path: str) -> list[PoolRow]:
     """(messages, response) of a jsonl or parquet file. Rows that carry a finish_reason other than `stop` are left out."""
     file = Path(os.path.expandvars(path)).expanduser()
     if not file.is_file():
-        raise DataError(f"pool={path!r}: no such file; unset it or sample one with `ctrlray generate`")
+        raise DataError(f"pool={path!r}: no such file; give a job file (.yaml) that samples one, or unset it")
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 

@@ -7,7 +7,6 @@ import gzip
 import io
 import json
 import os
-import re
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -17,12 +16,12 @@ import pyarrow.parquet as pq
 
 from ctrlray import config, schema
 from ctrlray.errors import ConfigError, DataError
+from ctrlray.hh import parse_dialogue
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.schema import Message
 from ctrlray.tables import Storage, from_rows
 
 _COLUMNS = ("messages", "prompt", "question", "instruction", "text", "turns")
-_HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
 class Row(NamedTuple):
@@ -121,18 +120,9 @@ def expand(path: str) -> Path:
     return full
 
 
-def parse_hh(dialogue: str) -> list[Message]:
-    r"""`"\n\nHuman: a\\n\\nAssistant: b"` -> user and assistant messages. Raises DataError for anything else."""
-    pieces = _HH_TURN.split(dialogue)
-    if len(pieces) < 3 or pieces[0].strip():
-        raise DataError(f"not an HH dialogue, which starts with '\\n\\nHuman: ': {dialogue[:60]!r}")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [Message(role=roles[r], content=c.strip()) for r, c in zip(pieces[1::2], pieces[2::2], strict=True)]
-
-
 def _hh_row(name: str, line: str) -> Row:
     try:
-        turns = parse_hh(json.loads(line)["chosen"])
+        turns = parse_dialogue(json.loads(line)["chosen"])
     except (ValueError, KeyError, TypeError) as error:
         return Row(name, None, f"{type(error).__name__}: {error}")
     if turns[-1]["role"] != "assistant" or len(turns) < 2:

@@ -150,7 +150,8 @@ def run(responses: pa.Table, conversations: Conversations, job: config.Job, out:
         progress.note("starting reward actors")
         blocks = slices(pending.select(["response_id", "prompt_id", "text"]), job.score.batch_size)
         consume(score_stream(ray.data.from_arrow(blocks), job, conversations, out), progress)
-    return _accounts(responses, finished, names, out)
+    streamed = bool(finished.num_rows) and not pending.num_rows
+    return _accounts(responses, finished, names, out, {"streamed_behind": "generate"} if streamed else {})
 
 
 def scorable(responses: pa.Table, job: config.Job) -> pa.Table:
@@ -165,7 +166,9 @@ def job_attributes(job: config.Job) -> list[str]:
     return [a.name for a in job.control.attributes]
 
 
-def _accounts(responses: pa.Table, finished: pa.Table, names: Sequence[str], out: Storage) -> StageResult:
+def _accounts(
+    responses: pa.Table, finished: pa.Table, names: Sequence[str], out: Storage, facts: Mapping[str, str]
+) -> StageResult:
     wanted = set(finished["response_id"].to_pylist())
     scored = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist()) & wanted
     failed = {
@@ -175,7 +178,7 @@ def _accounts(responses: pa.Table, finished: pa.Table, names: Sequence[str], out
     }
     truncated = responses.num_rows - finished.num_rows
     dropped = {"truncated": truncated} if truncated else {}
-    return StageResult(responses.num_rows, len(scored), dropped, dict(Counter(failed.values())))
+    return StageResult(responses.num_rows, len(scored), dropped, dict(Counter(failed.values())), facts=facts)
 
 
 def _yield_to_engines() -> None:

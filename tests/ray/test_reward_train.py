@@ -8,11 +8,11 @@ import pytest
 
 from ctrlray.config import Pool
 from ctrlray.errors import ConfigError, DataError
+from ctrlray.hh import judge_half
 from ctrlray.rewards.embedded import EmbeddedReward
 from ctrlray.rewards.features import FeatureExtractor
 from ctrlray.rewards.heads import Heads
-from ctrlray.rewards.pairs import judge_half
-from ctrlray.rewards.train import Fit, PairFiles, RewardTrainJob, train_heads
+from ctrlray.rewards.train import Fit, PairFiles, RewardTrainJob, read_pool, train_heads
 
 ray = pytest.importorskip("ray", reason="needs ray")
 GOOD, BAD = ["yes", "sure", "gladly", "of course"], ["no", "never", "why", "go away"]
@@ -86,7 +86,7 @@ def make_job(folder, **changes):
 
 def test_train_score_and_refuse(model, local_ray, tmp_path):
     job = make_job(tmp_path)
-    card = train_heads(job, model)
+    card = train_heads(job, read_pool(str(job.pool)), model)
 
     pairs = card["data"]["pairs"]
     reserved = sum(judge_half(f"question 10 {i}") for i in range(40))
@@ -159,4 +159,4 @@ def test_text_cannot_make_special_tokens(model):
 
 def test_missing_files_are_named(model, tmp_path):
     with pytest.raises(DataError, match="pool"):
-        train_heads(make_job(tmp_path, pool=str(tmp_path / "none.jsonl")), model)
+        read_pool(str(tmp_path / "none.jsonl"))

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrlray import config, schema
-from ctrlray.distill import Distilled, Levels, distill, draw, prompt_levels, prompt_quantiles, water_fill
+from ctrlray.distill import Distilled, Levels, distill, draw, prompt_quantiles, water_fill
 from ctrlray.errors import DataError
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False, width=32)
@@ -154,12 +154,11 @@ def test_units_of_nan_are_refused():
         Levels.fit([1.0, 2.0], 3).units([1.0, math.nan])
 
 
-def test_prompt_levels_by_hand():
+def test_prompt_quantiles_by_hand():
     scores, prompts = [5, 1, 3, 100, 100, 300, 7], ["a", "a", "a", "b", "b", "b", "c"]
-    # a: ranks 3 1 2 -> (rank - 0.5) / 3 = 5/6 1/6 1/2 -> levels 3 1 2
-    # b: the tied two share rank 1.5 -> 1/3 -> level 1 (its upper edge), then 5/6 -> 3;   c: alone -> none
-    assert prompt_levels(scores, prompts, 3).tolist() == [3, 1, 2, 1, 1, 3, 0]
-    assert prompt_quantiles(scores, prompts)[:3].tolist() == pytest.approx([5 / 6, 1 / 6, 1 / 2])
+    # a: ranks 3 1 2 -> (rank - 0.5) / 3;   b: the tied two share rank 1.5;   c: alone -> none
+    expected = [5 / 6, 1 / 6, 1 / 2, 1 / 3, 1 / 3, 5 / 6, math.nan]
+    assert prompt_quantiles(scores, prompts).tolist() == pytest.approx(expected, nan_ok=True)
 
 
 # ---------------------------------------------------------------- the fate of rows

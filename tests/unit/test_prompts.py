@@ -26,14 +26,6 @@ def load(tmp_path, source, train=2, evaluate=1):
     return out.read_table("prompts", schema.PROMPTS).to_pylist(), result, out
 
 
-def test_hh_dialogue_by_hand():
-    turns = prompts.parse_hh("\n\nHuman: a\n\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant: e")
-    assert [t["role"] for t in turns] == ["user", "assistant", "user", "assistant"]
-    assert turns[0]["content"] == "a\n\nb" and turns[3]["content"] == "e"
-    with pytest.raises(DataError):
-        prompts.parse_hh("Human: a")
-
-
 def test_every_format_gives_the_same_prompts(tmp_path):
     texts = ["one?", "two?", "three?"]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"prompt": t}) for t in texts))

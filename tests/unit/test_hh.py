@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ctrlray.errors import DataError
-from ctrlray.rewards.pairs import Pair, judge_half, parse_dialogue, parse_pair, read_pairs
+from ctrlray.hh import Pair, judge_half, parse_dialogue, parse_pair, read_pairs
 from ctrlray.schema import first_human_turn
 
 
