@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,86 @@ def _fit_heads(path: Path) -> dict[str, Any]:
         card = train_heads(job, pool, progress=console.stage("features"))
         console.print(f"heads   {job.folder / job.name}.safetensors")
     return card
+
+
+@main.group("config")
+def _config() -> None:
+    """Job files."""
+
+
+@_command(_config, "schema", "Print the JSON schema of job files, for editors.", "ctrlray config schema > ctrlray.schema.json")
+def _schema() -> None:
+    import json
+
+    click.echo(json.dumps(Job.model_json_schema(), indent=1))
+
+
+@_command(main, "doctor", "Say what this machine has, what it lacks, and what to do about it.", "ctrlray doctor")
+def _doctor() -> None:
+    from ctrlray.doctor import checks
+
+    colours = {"ok": "green", "warning": "yellow", "error": "red"}
+    found = list(checks())
+    for c in found:
+        advice = f"  ->  {c.advice}" if c.advice else ""
+        click.echo(f"{click.style(f'{c.state:<8}', fg=colours[c.state])} {c.name:<16} {c.found}{advice}")
+    sys.exit(1 if any(c.state == "error" for c in found) else 0)
+
+
+@main.group("runs")
+def _runs() -> None:
+    """Runs on storage. NAME is a run's name in the user's data directory, a path, or a URI."""
+
+
+@_command(_runs, "list", "List runs, latest first.", "ctrlray runs list\nctrlray runs list /data/runs")
+@click.argument("folder", required=False)
+def _runs_list(folder: str | None) -> None:
+    from ctrlray import runs
+
+    with _readable_errors():
+        for r in runs.find(folder):
+            done = f"{len(r.stages)} stages, last {r.stages[-1]}" if r.stages else "nothing finished"
+            click.echo(f"{r.started or '-':<26} {r.job:<20} {done:<28} {r.root}")
+
+
+@_command(_runs, "show", "Show what each stage of a run did with its rows.", "ctrlray runs show quickstart")
+@click.argument("name")
+def _runs_show(name: str) -> None:
+    from ctrlray import runs
+    from ctrlray.console import accounts
+
+    with _readable_errors():
+        storage = runs.locate(name)
+        manifest = storage.read_json("manifest.json") if storage.exists("manifest.json") else {"stages": {}}
+        click.echo(f"{storage.uri}  {manifest.get('job', '')}  {manifest.get('job_hash', '')}")
+        for line in accounts(manifest["stages"]):
+            click.echo(line)
+        if left := runs.stale(storage):
+            click.echo(f"\n{len(left)} outputs of other settings or unfinished stages; `ctrlray runs clean {name}` deletes them")
+
+
+@_command(_runs, "clean", "Delete what a run's job no longer refers to, or the whole run.", "ctrlray runs clean quickstart")
+@click.argument("name")
+@click.option("--all", "everything", is_flag=True, help="Delete the whole run.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def _runs_clean(name: str, everything: bool, yes: bool) -> None:
+    from ctrlray import runs
+
+    with _readable_errors():
+        storage = runs.locate(name)
+        what = ["the whole run"] if everything else [f"{stage}/{key}" for stage, key in runs.stale(storage)]
+        if not what:
+            click.echo("nothing to delete")
+            return
+        click.echo("\n".join(what))
+        if not yes:
+            click.confirm(f"delete this from {storage.uri}?", abort=True)
+        click.echo(f"freed {runs.clean(storage, everything) / 2**20:.1f} MiB")
+
+
+@contextlib.contextmanager
+def _readable_errors() -> Iterator[None]:
+    try:
+        yield
+    except CtrlRayError as error:
+        _fail(error, False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -112,10 +113,9 @@ class Console:
         from ctrlray.reporting import headline
 
         self.bars.stop()
-        self.print(f"\n{'stage':<10}{'in':>7}{'out':>7}{'dropped':>9}{'quarantined':>13}{'tokens':>9}{'seconds':>9}")
-        for stage in STAGES:
-            if (r := run.result(stage)) is not None:
-                self.print(_account(stage, r))
+        self.print("")
+        for line in accounts({s: r for s in STAGES if (r := run.result(s)) is not None}):
+            self.print(line)
         if run.result("evaluate") is not None:
             for objective in run.job.train.objectives:
                 self.print(f"\n{objective.type}, with 95% intervals over held-out prompts:")
@@ -126,6 +126,12 @@ class Console:
         if (exported := run.result("export")) is not None:
             self.print(f"model   {exported['facts']['folder']}")
         self.print(f"took    {(time.monotonic() - self._began) / 60:.1f} minutes")
+
+
+def accounts(results: Mapping[str, dict[str, Any]]) -> list[str]:
+    """The ledger of finished stages, one line each."""
+    lines = [f"{'stage':<10}{'in':>7}{'out':>7}{'dropped':>9}{'quarantined':>13}{'tokens':>9}{'seconds':>9}"]
+    return lines + [_account(stage, r) for stage, r in results.items()]
 
 
 def _account(stage: str, r: dict[str, Any]) -> str:

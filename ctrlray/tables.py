@@ -65,6 +65,20 @@ class Storage:
         infos = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.type == fs.FileType.File and i.base_name.endswith(suffix))
 
+    def folders(self, *parts: str) -> list[str]:
+        """Sorted names of the folders in a folder; empty when there is none."""
+        infos = self.filesystem.get_file_info(fs.FileSelector(self.path(*parts), allow_not_found=True))
+        return sorted(i.base_name for i in infos if i.type == fs.FileType.Directory)
+
+    def size(self, *parts: str) -> int:
+        """Bytes of all files below a folder."""
+        selector = fs.FileSelector(self.path(*parts), allow_not_found=True, recursive=True)
+        return sum(i.size for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File)
+
+    def delete(self, *parts: str) -> None:
+        """Remove a folder with everything below it."""
+        self.filesystem.delete_dir(self.path(*parts))
+
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file so that readers see all of it or none of it."""
         target = self.path(*parts)

@@ -80,6 +80,18 @@ def test_grid_is_complete_and_start_ignores_the_dial(run):
     assert metrics["start"]["attributes"]["brevity"]["pairwise"]["value"] == 0.5
 
 
+def test_scores_streamed_behind_generation(run):
+    assert run.result("score")["facts"]["streamed_behind"] == "generate"
+
+
+def test_finished_answers_come_from_the_kept_run_with_their_plain_prompts(run, job):
+    responses = run.out("generate").read_table("responses", schema.RESPONSES).to_pylist()
+    kept = {(r["prompt_id"], r["text"]) for r in responses if r["finish_reason"] in schema.FINISHED and r["text"].strip()}
+    answers = pipeline.finished_answers(job)
+    assert {(schema.prompt_id(messages), text) for messages, text in answers} == kept
+    assert all(m["content"] != "Decline." for messages, _ in answers for m in messages)
+
+
 def test_second_run_skips_everything(run, job):
     before = {s: run.result(s)["started"] for s in pipeline.STAGES}
     again = pipeline.run(job)

@@ -52,6 +52,11 @@ def local_ray():
     ray.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 def write_pairs(path, first_words, second_words, count, seed):
     rng = random.Random(seed)
     with path.open("w") as out:
@@ -110,6 +115,16 @@ def test_train_score_and_refuse(model, local_ray, tmp_path):
     other.save(tmp_path / "other.safetensors")
     with pytest.raises(ConfigError, match="0000000000000000"):
         EmbeddedReward(model, tmp_path / "other.safetensors")
+
+
+def test_features_are_kept_for_another_fit(model, local_ray, tmp_path, monkeypatch):
+    job = make_job(tmp_path)
+    first = train_heads(job, folder=model)
+    monkeypatch.setattr("ctrlray.rewards.train.extract", lambda *_: pytest.fail("the features were there"))
+    stronger = job.model_copy(update={"fit": Fit(layers=(1, 2), positions=("last", "mean"), l2=5.0)})
+    assert train_heads(stronger, folder=model)["fit"] != first["fit"]
+    with pytest.raises(pytest.fail.Exception):  # other text, other features
+        train_heads(job.model_copy(update={"max_pairs": 10}), folder=model)
 
 
 def test_features_do_not_depend_on_batch_or_order(model):

@@ -1,0 +1,82 @@
+"""Runs on storage: which there are, what each did, and what of them is no longer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ctrlray import config
+from ctrlray.errors import ConfigError
+from ctrlray.pipeline import STAGES, Run
+from ctrlray.schema import digest
+from ctrlray.tables import Storage
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One run, for a list."""
+
+    root: str
+    job: str
+    stages: tuple[str, ...]
+    """Finished stages in order."""
+    started: str
+    """When its last finished stage started, UTC; empty when none has finished."""
+
+
+def find(folder: str | None = None) -> list[Summary]:
+    """Runs right below a folder (the user's data directory when unset), latest first."""
+    storage = Storage(folder or str(config.data_home() / "runs"))
+    found = [summary(storage.sub(name)) for name in storage.folders() if storage.exists(name, "job.yaml")]
+    return sorted(found, key=lambda s: s.started, reverse=True)
+
+
+def summary(storage: Storage) -> Summary:
+    """What a run's manifest says in one line."""
+    manifest = storage.read_json("manifest.json") if storage.exists("manifest.json") else {}
+    done: Mapping[str, Any] = manifest.get("stages", {})
+    stages = tuple(s for s in STAGES if s in done)
+    started = max((done[s]["started"] for s in stages), default="")
+    return Summary(storage.uri, str(manifest.get("job", "?")), stages, started)
+
+
+def locate(name: str) -> Storage:
+    """The run of that name in the user's data directory, or at that path or URI. Raises ConfigError when there is none."""
+    here = str(config.data_home() / "runs" / name) if "/" not in name else name
+    root = here if "://" in here else str(Path(here).expanduser().resolve())
+    storage = Storage(root)
+    if not storage.exists("job.yaml"):
+        known = [Path(s.root).name for s in find()]
+        raise ConfigError(f"no run at {root}; known runs: {', '.join(known) or 'none'}. `ctrlray runs list` shows them")
+    return storage
+
+
+def stale(storage: Storage) -> list[tuple[str, str]]:
+    """(stage, key) of outputs that the run's job no longer refers to: those of earlier settings, or of cut-off stages."""
+    keys = Run(config.load_job(_job_file(storage))).keys
+    return [(s, k) for s in STAGES for k in storage.folders(s) if k != keys[s]]
+
+
+def clean(storage: Storage, everything: bool = False) -> int:
+    """Delete outputs that are `stale`, or the whole run; returns the bytes that were freed."""
+    if everything:
+        freed = storage.size()
+        storage.delete()
+        return freed
+    freed = 0
+    for stage, key in stale(storage):
+        freed += storage.size(stage, key)
+        storage.delete(stage, key)
+    return freed
+
+
+def _job_file(storage: Storage) -> Path:
+    """The run's resolved job file as a local file."""
+    if storage.is_local:
+        return Path(storage.path("job.yaml"))
+    copy = config.cache_home() / "jobs" / f"{digest(storage.uri)}.yaml"
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_bytes(storage.read_bytes("job.yaml"))
+    return copy

