@@ -54,13 +54,13 @@ class Attribute(Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     """Appears in control codes, template variables and the API. Lower case."""
     levels: Annotated[int, Field(ge=2, le=10)] = 5
-    score: str | None = None
-    """Which reward output feeds this attribute; its own name when unset."""
+    score: str | Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)] | None = None
+    """Which reward output feeds this attribute; a mapping adds outputs up by weight; its own name when unset."""
 
     @property
-    def source(self) -> str:
-        """Name of the reward output that scores this attribute."""
-        return self.score or self.name
+    def sources(self) -> dict[str, float]:
+        """Reward outputs that score this attribute, with their weights."""
+        return self.score if isinstance(self.score, dict) else {self.score or self.name: 1.0}
 
 
 class Control(Frozen):
@@ -253,7 +253,67 @@ class FunctionReward(Frozen):
         return self.attributes
 
 
-Reward = Annotated[EmbeddedReward | HFReward | FunctionReward, Field(discriminator="type")]
+class Endpoint(Frozen):
+    """How a reward over HTTP is called."""
+
+    url: Annotated[str, Field(pattern=r"^https?://")]
+    token_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """Environment variable that holds the bearer token; it must be set on every node that runs reward actors."""
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    """Per request."""
+    retries: Annotated[int, Field(ge=0, le=20)] = 5
+    """Further tries after a timeout, a 429 or a 5xx, with exponential backoff and jitter."""
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 4
+    """Requests in flight per actor."""
+    requests_per_second: Annotated[float, Field(gt=0)] | None = None
+    """Limit per actor; none when unset."""
+
+
+class HTTPReward(Endpoint):
+    """A server of your own that scores batches of answers.
+
+    It gets `{"conversations": [[{"role", "content"}, ...], ...], "responses": [text, ...]}` and answers
+    `{"scores": {attribute: [number, ...]}}`, one number per response and attribute.
+    """
+
+    type: Literal["http"] = "http"
+    attributes: Annotated[tuple[str, ...], Field(min_length=1)]
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Answers per request."""
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives."""
+        return self.attributes
+
+
+class JudgeReward(Endpoint):
+    """A language model that rates one answer per request, behind any OpenAI-compatible API (`url` ends in /v1)."""
+
+    type: Literal["judge"] = "judge"
+    model: str
+    attribute: str
+    """The one output it gives."""
+    rubric: Annotated[str, Field(min_length=1)]
+    """What a high and a low rating mean."""
+    lowest: float = 1
+    highest: float = 10
+    """A rating outside of these is an error of its row."""
+    max_tokens: Annotated[int, Field(ge=4)] = 256
+
+    @model_validator(mode="after")
+    def _ordered(self) -> JudgeReward:
+        if not self.lowest < self.highest:
+            raise ValueError(f"lowest={self.lowest} must be below highest={self.highest}")
+        return self
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives."""
+        return (self.attribute,)
+
+
+Reward = Annotated[EmbeddedReward | HFReward | FunctionReward | HTTPReward | JudgeReward, Field(discriminator="type")]
 
 
 class Score(Frozen):
@@ -437,9 +497,9 @@ class Job(Frozen):
         if len(known) == len(self.rewards):
             given = set().union(*known)
             for a in self.control.attributes:
-                if a.source not in given:
+                if missing := sorted(set(a.sources) - given):
                     raise ValueError(
-                        f"control.attributes: no reward gives {a.source!r} for {a.name!r}; rewards give {sorted(given)}"
+                        f"control.attributes: no reward gives {missing[0]!r} for {a.name!r}; rewards give {sorted(given)}"
                     )
 
     def _check_grid(self) -> None:

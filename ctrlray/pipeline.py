@@ -125,7 +125,7 @@ class Run:
                 wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
                 return [wanted, model, _model_stamp(job.model), control, job.seed]
             case "score":
-                pairs = [(a.name, a.source) for a in job.control.attributes]
+                pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
                     [r.model_dump() for r in job.rewards],
                     [_heads(r) for r in job.rewards],

@@ -30,6 +30,14 @@ def build(reward: config.Reward) -> Scorer:
             return HFScorer(reward)
         case config.FunctionReward():
             return FunctionScorer(reward)
+        case config.HTTPReward():
+            from ctrlray.rewards.http import HTTPScorer
+
+            return HTTPScorer(reward)
+        case config.JudgeReward():
+            from ctrlray.rewards.http import JudgeScorer
+
+            return JudgeScorer(reward)
 
 
 class FunctionScorer:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import ray.data
 
 from ctrlray import config, schema
+from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.placement import WRITE_CPUS
 from ctrlray.rewards.base import Scorer
@@ -64,7 +65,7 @@ class ScoreBatch:
 class WriteScores:
     """Writes finished score blocks: rows with all scores to `scores`, the others to `quarantine`, each with its reason."""
 
-    def __init__(self, attributes: Sequence[tuple[str, str]], out: Storage) -> None:
+    def __init__(self, attributes: Sequence[tuple[str, Mapping[str, float]]], out: Storage) -> None:
         self._attributes = list(attributes)
         self._out = out
 
@@ -79,7 +80,10 @@ class WriteScores:
                     {"stage": "score", "row_id": row["response_id"], "error": row["error"].split(":")[0], "detail": row["error"]}
                 )
             else:
-                scores = {f"score_{name}": row[f"raw_{source}"] for name, source in self._attributes}
+                scores = {
+                    f"score_{name}": sum(weight * row[f"raw_{source}"] for source, weight in sources.items())
+                    for name, sources in self._attributes
+                }
                 good.append({"response_id": row["response_id"], **scores})
         part = f"part-{schema.digest(batch['response_id'].to_pylist())}"
         if good:
@@ -95,10 +99,14 @@ def score_rows(scorer: Scorer, chats: Sequence[Sequence[Message]], texts: Sequen
     errors = [""] * len(texts)
     try:
         _fill(columns, scorer(chats, texts), slice(None), len(texts))
+    except (ConfigError, ClusterError):  # no row's fault: a wrong token, a server that is not there
+        raise
     except Exception as whole:
         for i in range(len(texts)):
             try:
                 _fill(columns, scorer([chats[i]], [texts[i]]), slice(i, i + 1), 1)
+            except (ConfigError, ClusterError):
+                raise
             except Exception as error:
                 errors[i] = f"{type(error).__name__}: {error or whole}"
     for name, values in columns.items():
@@ -126,7 +134,7 @@ def score_stream(rows: ray.data.Dataset, job: config.Job, conversations: Convers
             batch_format="pyarrow",
             **actor_options(job.score.pool),
         )
-    pairs = [(a.name, a.source) for a in job.control.attributes]
+    pairs = [(a.name, a.sources) for a in job.control.attributes]
     return rows.map_batches(
         WriteScores,
         fn_constructor_args=(pairs, out),

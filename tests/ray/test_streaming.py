@@ -124,3 +124,12 @@ def test_failing_rewards_quarantine_their_rows_only(local_ray, tmp_path):
     assert "cannot read boom" in details["2"] and "brevity is nan" in details["1"]
     scores = out.read_table("scores", schema.scores(["brevity"])).to_pylist()
     assert {r["response_id"]: r["score_brevity"] for r in scores} == {"0": 4.0, "3": 9.0}
+
+
+def test_weighted_outputs_add_up(local_ray, tmp_path):
+    made = job(control={"attributes": [{"name": "both", "levels": 2, "score": {"brevity": 0.5, "variety": 2.0}}]})
+    rows = pa.table({"response_id": ["a"], "prompt_id": ["p"], "text": ["aab"], "finish_reason": ["stop"]})
+    out = Storage(str(tmp_path))
+    score.run(rows, {"p": [{"role": "user", "content": "q"}]}, made, out, Silent()).check("score")
+    (row,) = out.read_table("scores", schema.scores(["both"])).to_pylist()
+    assert row["score_both"] == pytest.approx(0.5 * -3 + 2.0 * 2)

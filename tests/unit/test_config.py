@@ -128,3 +128,15 @@ def test_import_is_light(module, may_load):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert {"torch", "ray", "vllm", "deepspeed", "transformers"} & set(loaded) <= may_load
+
+
+def test_an_attribute_can_add_up_several_outputs():
+    raw = {
+        "name": "t",
+        "control": {"attributes": [{"name": "kind", "levels": 2, "score": {"warm": 0.75, "curt": -0.25}}]},
+        "rewards": [{"type": "function", "target": "m:f", "attributes": ["warm", "curt"]}],
+    }
+    assert config.parse(config.Job, raw, where="test").control.attributes[0].sources == {"warm": 0.75, "curt": -0.25}
+    raw["rewards"][0]["attributes"] = ["warm"]
+    with pytest.raises(ConfigError, match="no reward gives 'curt'"):
+        config.parse(config.Job, raw, where="test")
