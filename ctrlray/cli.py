@@ -127,11 +127,12 @@ def _print_plan(job: Job) -> None:
     click.echo(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
     run = Run(job)
     click.echo(f"run root: {job.root}\n")
-    click.echo(f"{'stage':<10} {'state':<10} {'rows':>8} {'tokens at most':>15} {'minutes on 2 cores':>19}")
+    if changes := run.changes():
+        click.echo("changed since the last run here:\n  " + "\n  ".join(changes) + "\n")
+    click.echo(f"{'stage':<10} {'state':<26} {'rows':>8} {'tokens at most':>15} {'minutes on 2 cores':>19}")
     for row in estimate(job):
-        state = "finished" if run.result(row.stage) is not None else "to do"
         minutes = "depends on GPUs" if row.minutes is None else f"{row.minutes:.1f}"
-        click.echo(f"{row.stage:<10} {state:<10} {row.rows:>8} {row.tokens:>15} {minutes:>19}")
+        click.echo(f"{row.stage:<10} {run.state(row.stage):<26} {row.rows:>8} {row.tokens:>15} {minutes:>19}")
 
 
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,38 @@ class Run:
         trained = self.out("train").sub(method)
         local = Path(trained.path()) if trained.is_local else config.cache_home() / "merged" / self.keys["train"] / method
         return merged_folder(self.base, trained, str(local / "merged"))
+
+    @cached_property
+    def previous(self) -> Run | None:
+        """The last run at this root by the job that it kept; None when there is none, or when it no longer loads."""
+        if not self.storage.exists("job.yaml"):
+            return None
+        try:
+            return Run(config.parse(config.Job, yaml.safe_load(self.storage.read_bytes("job.yaml")), where="job.yaml"))
+        except (ConfigError, yaml.YAMLError):
+            return None
+
+    def changes(self) -> list[str]:
+        """Settings that differ from those of the last run at this root, as `a.b: old -> new`."""
+        if self.previous is None:
+            return []
+        old, new = (_flat(r.job.model_dump(mode="json")) for r in (self.previous, self))
+        moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+        return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
+
+    def state(self, stage: str) -> str:
+        """Whether a stage is finished, and if not, why it has to run."""
+        if self.result(stage) is not None:
+            return "finished"
+        if waiting := [u for u in _UPSTREAM[stage] if self.result(u) is None]:
+            return f"follows {waiting[0]}"
+        before = self.previous
+        if before is None or not before.out(stage).exists():
+            return "never ran"
+        if before.keys[stage] == self.keys[stage]:
+            return "cut off: goes on"
+        moved = [u for u in _UPSTREAM[stage] if before.keys[u] != self.keys[u]]
+        return f"new output of {moved[0]}" if moved else "settings or data changed"
 
     def _settings(self, stage: str) -> Any:
         """The part of the job that decides a stage's output."""
@@ -325,6 +358,8 @@ def _write_manifest(current: Run) -> None:
         "job_hash": schema.digest(current.job.model_dump(mode="json")),
         "versions": versions(),
         "machine": machine(),
+        "commit": commit(),
+        "inputs": {_source_name(s): digest for s in current.job.prompts.sources if (digest := _content(s))},
         "stages": {s: r for s, r in stages.items() if r is not None},
     }
     current.storage.write_json(manifest, "manifest.json")
@@ -339,6 +374,15 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def commit() -> str | None:
+    """The git commit that ctrlray itself runs from, with `+` when files differ from it; None outside of a checkout."""
+    top = Path(__file__).parent.parent
+    if not (top / ".git").exists():  # installed: a repository around it would be somebody else's
+        return None
+    asked = ["git", "-C", str(top), "describe", "--always", "--dirty=+"]
+    return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def machine() -> dict[str, str]:
@@ -359,6 +403,18 @@ def _content(source: config.PromptSource) -> str:
 
         return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
     return ""
+
+
+def _source_name(source: config.PromptSource) -> str:
+    return str(getattr(source, "path", None) or getattr(source, "name", None) or source.type)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    """`{"a": {"b": [1]}}` -> `{"a.b.0": 1}`."""
+    if isinstance(value, dict | list) and value:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()}
+    return {path: value}
 
 
 def _model_stamp(model: config.Model) -> str:

@@ -53,7 +53,8 @@ class Storage:
 
     def sub(self, *parts: str) -> Storage:
         """A folder below this one."""
-        return Storage("/".join([self.uri.rstrip("/"), *parts]))
+        base, mark, options = self.uri.partition("?")  # s3://bucket/run?endpoint_override=... keeps its options
+        return Storage("/".join([base.rstrip("/"), *parts]) + mark + options)
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
@@ -82,11 +83,11 @@ class Storage:
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file so that readers see all of it or none of it."""
         target = self.path(*parts)
-        self.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         if not self.is_local:  # object stores publish an object when its upload ends
             with self.filesystem.open_output_stream(target) as sink:
                 sink.write(data)
             return
+        self.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         folder, name = target.rsplit("/", 1)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
         try:

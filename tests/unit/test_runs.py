@@ -1,5 +1,6 @@
 """Runs on storage, the doctor's checks, and their verbs."""
 
+import hashlib
 import json
 
 import pytest
@@ -83,3 +84,40 @@ def test_doctor_says_what_to_fix(monkeypatch, tmp_path):
     assert "float32" in found["processor"].found
     assert found["disk for models"].state == "warning" and "XDG_CACHE_HOME" in found["disk for models"].advice
     assert verb("doctor").exit_code == 1
+
+
+def test_dry_run_says_which_stages_and_why(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    plan = ["pipeline", "smoke", "--dry-run"]
+
+    def states(*more):
+        lines = verb(*plan, *more).output.splitlines()
+        return {line.split()[0]: line[11:37].strip() for line in lines if line[:10].strip() in pipeline.STAGES}
+
+    assert states()["prompts"] == "never ran" and states()["generate"] == "follows prompts"
+    pipeline.run(config.load_job("smoke"), ["prompts"])
+    assert states()["prompts"] == "finished" and states()["generate"] == "never ran"
+    assert "changed since" not in verb(*plan).output
+    assert states("--set", "seed=3")["prompts"] == "settings or data changed"
+    assert "changed since the last run here:\n  seed: 0 -> 3\n" in verb(*plan, "--set", "seed=3").output
+
+
+def test_a_cut_off_stage_goes_on_and_a_changed_input_is_named(tmp_path):
+    job = config.load_job("smoke", [f"run_root={tmp_path}"])
+    run = pipeline.run(job, ["prompts"])
+    run.out("generate").write_bytes(b"", "responses", "part-0.parquet")
+    assert pipeline.Run(job).state("generate") == "cut off: goes on"
+    other = pipeline.Run(config.load_job("smoke", [f"run_root={tmp_path}", "seed=1"]))
+    other.out("prompts").write_json({}, "result.json")
+    assert other.state("generate") == "new output of prompts"
+
+
+def test_manifest_names_inputs_and_commit(tmp_path):
+    file = tmp_path / "asked.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": f"question {i}"}) for i in range(40)))
+    source = f"prompts.sources=[{{type: file, path: {file}}}]"
+    sets = [f"run_root={tmp_path / 'run'}", source, "prompts.train=8", "prompts.eval=8"]
+    run = pipeline.run(config.load_job("smoke", sets), ["prompts"])
+    manifest = run.storage.read_json("manifest.json")
+    assert manifest["inputs"] == {str(file): hashlib.sha256(file.read_bytes()).hexdigest()[:16]}
+    assert manifest["commit"] is None or len(manifest["commit"]) >= 7
