@@ -76,6 +76,10 @@ class Storage:
         selector = fs.FileSelector(self.path(*parts), allow_not_found=True, recursive=True)
         return sum(i.size for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File)
 
+    def remove(self, *parts: str) -> None:
+        """Remove a file."""
+        self.filesystem.delete_file(self.path(*parts))
+
     def delete(self, *parts: str) -> None:
         """Remove a folder with everything below it."""
         self.filesystem.delete_dir(self.path(*parts))

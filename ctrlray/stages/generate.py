@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 
@@ -22,7 +23,10 @@ from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Progress, StageResult
+from ctrlray.stages.journal import DIED, Journal
 from ctrlray.tables import Storage, from_rows, slices
+
+IN_FLIGHT = "in_flight"
 
 
 class GenerateBatch:
@@ -33,15 +37,31 @@ class GenerateBatch:
         self._engine = Engine(spec)
         self._sampling = sampling
         self._out = out
+        self._journal = Journal(out.sub(IN_FLIGHT))
 
     def __call__(self, files: pa.Table) -> pa.Table:
         """Answer one file of requests; its answers are written atomically before anything downstream sees them."""
         rows = [r for path in files["path"].to_pylist() for r in self._read(path)]
+        ids = [r["response_id"] for r in rows]
+        kept = schema.RESPONSES.empty_table()
+
+        def done() -> list[str]:
+            nonlocal kept
+            kept = self._out.read_table("responses", schema.RESPONSES)
+            kept = kept.filter(pc.is_in(kept["response_id"], pa.array(ids)))
+            return list(kept["response_id"].to_pylist())
+
+        tables, killers = self._journal.run(ids, lambda group: self._answer([rows[i] for i in group]), done)
+        if killers:
+            detail = "alone with it, the engine's process ended; see the actor's log in Ray's session folder"
+            bad = [{"stage": "generate", "row_id": ids[i], "error": DIED, "detail": detail} for i in killers]
+            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
+        return pa.concat_tables([kept, *tables])
+
+    def _answer(self, rows: list[dict[str, Any]]) -> pa.Table:
         answers = self._engine.generate([r["prompt_token_ids"] + r["prefix_token_ids"] for r in rows], self._sampling)
-        table = from_rows(
-            (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True)),
-            schema.RESPONSES,
-        )
+        made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
+        table = from_rows(made, schema.RESPONSES)
         self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
         return table
 
@@ -110,7 +130,9 @@ def run(
     """Sample all answers that `out` lacks. `then` extends the stream, for example by scoring behind generation."""
     max_prompt = spec.max_context - settings.sampling.max_tokens
     requests, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
+    Journal(out.sub(IN_FLIGHT)).clear()
     done = set(out.read_table("responses", schema.RESPONSES, ["response_id"])["response_id"].to_pylist())
+    done |= {r["row_id"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
     pending = requests.filter(pa.array([r not in done for r in requests["response_id"].to_pylist()], pa.bool_()))
     progress.total(requests.num_rows)
     progress.advance(requests.num_rows - pending.num_rows)
@@ -121,7 +143,7 @@ def run(
         blocks = write_blocks(pending, out, settings.batch_size)
         stream = generate_stream(blocks, out, settings, spec)
         consume(then(stream) if then else stream, progress)
-    return _accounts(requests, refused, out)
+    return _accounts(requests, refused.num_rows, out)
 
 
 def write_blocks(pending: pa.Table, out: Storage, rows: int) -> list[str]:
@@ -166,12 +188,13 @@ def consume(stream: ray.data.Dataset, progress: Progress) -> None:
         raise ClusterError(f"an actor of the stage died more often than pool.max_restarts allows: {error}") from error
 
 
-def _accounts(requests: pa.Table, refused: pa.Table, out: Storage) -> StageResult:
+def _accounts(requests: pa.Table, num_refused: int, out: Storage) -> StageResult:
     made = out.read_table("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"])
     wanted = set(requests["response_id"].to_pylist())
     found = [r for r in made.to_pylist() if r["response_id"] in wanted]
     unique = {r["response_id"]: r for r in found}
-    quarantined = dict(Counter(refused["error"].to_pylist()))
+    bad = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    quarantined = dict(Counter(error for key, error in bad.items() if key not in unique))
     reasons = dict(Counter(r["finish_reason"] for r in unique.values()))
     tokens = sum(len(r["token_ids"]) for r in unique.values())
-    return StageResult(requests.num_rows + refused.num_rows, len(unique), {}, quarantined, tokens, {"finish_reasons": reasons})
+    return StageResult(requests.num_rows + num_refused, len(unique), {}, quarantined, tokens, {"finish_reasons": reasons})

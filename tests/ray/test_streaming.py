@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import Counter
 
@@ -13,8 +14,11 @@ from ctrlray.control import ControlSpace
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.ledger import Silent
 from ctrlray.stages import generate, score
+from ctrlray.stages.journal import Journal
 from ctrlray.tables import Storage, from_rows
+from tests.fakes import tiny_tokenizer
 
+TOKENIZER = tiny_tokenizer()
 SPACE = ControlSpace((config.Attribute(name="brevity", levels=2), config.Attribute(name="variety", levels=2)))
 
 
@@ -39,6 +43,26 @@ class FakeEngine:
 class FakeGenerate(generate.GenerateBatch):
     def __init__(self, spec, sampling, out):
         self._engine, self._sampling, self._out = FakeEngine(spec), sampling, out
+        self._journal = Journal(out.sub(generate.IN_FLIGHT))
+
+
+class MortalEngine(FakeEngine):
+    """Its process ends, without a word, at prompts of question 7 under behaviour `b`."""
+
+    def generate(self, prompts, sampling):
+        if any(b"question 7<" in bytes_of(p) and b"No." in bytes_of(p) for p in prompts):
+            os._exit(1)
+        return super().generate(prompts, sampling)
+
+
+def bytes_of(ids):
+    return TOKENIZER.decode(ids).encode()
+
+
+class MortalGenerate(FakeGenerate):
+    def __init__(self, spec, sampling, out):
+        super().__init__(spec, sampling, out)
+        self._engine = MortalEngine(spec)
 
 
 def job(**extra):
@@ -62,8 +86,8 @@ def base(tiny, private_cache):
     return models.prepare(config.Model(name=str(tiny)), SPACE, ["hello there"])
 
 
-def sample(job, prompts, base, out, monkeypatch, then=None):
-    monkeypatch.setattr(generate, "GenerateBatch", FakeGenerate)
+def sample(job, prompts, base, out, monkeypatch, then=None, actor=FakeGenerate):
+    monkeypatch.setattr(generate, "GenerateBatch", actor)
     spec = EngineSpec(base.folder, "float32", 1024, job.generate.engine)
     renderer = base.renderer(SPACE)
     return generate.run(prompts, job.generate, spec, renderer, "f", out, Silent(), then).check("generate")
@@ -95,6 +119,19 @@ def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, mon
     assert accounts.rows_out == 64 - accounts.dropped["truncated"]
     prefixed = [r for r in responses.to_pylist() if r["behaviour"] == "b"]
     assert all(r["text"].startswith("Sorry.") and len(r["token_ids"]) == 6 for r in prefixed)
+
+
+def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, prompts, base, tmp_path, monkeypatch):
+    made, out = job(), Storage(str(tmp_path))
+    result = sample(made, prompts, base, out, monkeypatch, actor=MortalGenerate)
+    assert result.rows_out == 62 and result.quarantined == {"process_died": 2}
+    guilty = schema.prompt_id([{"role": "user", "content": "question 7"}])
+    bad = {r["row_id"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    requests = generate.expand_requests(prompts, made.generate, base.renderer(SPACE), "f", 1000)[0].to_pylist()
+    assert bad == {r["response_id"] for r in requests if r["prompt_id"] == guilty and r["behaviour"] == "b"}
+    answered = out.read_table("responses", schema.RESPONSES)["response_id"].to_pylist()
+    assert len(set(answered)) == len(answered) == 62
+    assert sample(made, prompts, base, out, monkeypatch).rows_out == 62  # they are not tried again
 
 
 def test_restart_samples_only_what_is_missing(local_ray, prompts, base, tmp_path, monkeypatch):
