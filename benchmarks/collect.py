@@ -1,4 +1,4 @@
-"""Gathers the figures of the main job into `results/A.json`: the quickstart's, generation's, the reward heads'.
+"""Gathers the figures of the main job into `results/A.json`: the quickstart's, generation's, training ranks', the reward heads'.
 
 python benchmarks/collect.py
 """
@@ -37,7 +37,7 @@ def head_figures(measured: dict[str, Any]) -> list[dict[str, Any]]:
 def main() -> None:
     """Collect and store."""
     figures = []
-    for name in ("quickstart", "generation"):
+    for name in ("quickstart", "generation", "ranks"):
         path = RESULTS / f"{name}.json"
         if path.is_file():
             stored = json.loads(path.read_text())
