@@ -18,17 +18,17 @@ from benchmarks.common import figure, middle, store
 from ctrlray import config
 from ctrlray.pipeline import Run
 
-LAYOUTS = {"1 rank x 2 threads": (1, 2), "2 ranks x 1 thread": (2, 1)}
+LAYOUTS = {"1 rank with all cores": 1, "2 ranks with half each": 2}
 WARM_UP_STEPS = 2
 SHORT = ["train.epochs=0.5", "train.eval_every=1000", "train.eval_examples=1"]
 
 
-def tokens_per_second(source: Path, workers: int, cpus: int) -> float:
+def tokens_per_second(source: Path, workers: int) -> float:
     """Rate of the steps after the first two, in a process of its own on a copy of the run's tables."""
     with tempfile.TemporaryDirectory() as scratch:
         for stage in ("prompts", "generate", "score", "distill"):
             shutil.copytree(source / stage, Path(scratch) / stage)
-        sets = [f"run_root={scratch}", f"train.workers={workers}", f"train.cpus_per_worker={cpus}", *SHORT]
+        sets = [f"run_root={scratch}", f"train.workers={workers}", *SHORT]
         command = [sys.executable, "-m", "ctrlray", "train", "quickstart", *[p for s in sets for p in ("--set", s)]]
         subprocess.run(command, check=True)
         run = Run(config.load_job("quickstart", sets))
@@ -45,14 +45,13 @@ def main() -> None:
     rates: dict[str, list[float]] = {name: [] for name in LAYOUTS}
     for repeat in range(options.repeats):
         for name in list(LAYOUTS)[:: 1 if repeat % 2 == 0 else -1]:
-            rates[name].append(tokens_per_second(options.run.resolve(), *LAYOUTS[name]))
+            rates[name].append(tokens_per_second(options.run.resolve(), LAYOUTS[name]))
     figures = []
     for name, measured in rates.items():
         value, spread = middle(measured)
         figures.append(figure(f"training tokens per second, {name}", "recorded", value, None, spread))
-    chosen = config.load_job("quickstart").train
     best = max(rates, key=lambda n: middle(rates[n])[0])
-    fastest = (chosen.workers, int(chosen.cpus_per_worker)) == LAYOUTS[best]
+    fastest = config.load_job("quickstart").train.workers == LAYOUTS[best]
     figures.append(figure("the quickstart uses the faster layout", "yes", float(fastest), fastest))
     print(store("ranks", figures, repeats=options.repeats))
 
