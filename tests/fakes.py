@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,10 @@ def faulty_reward(prompts: list[Any], responses: list[str]) -> list[float]:
     if "boom" in responses:
         raise RuntimeError("this reward cannot read boom")
     return [float("nan") if r == "nan" else float(len(r)) for r in responses]
+
+
+def deadly_reward(prompts: list[Any], responses: list[str]) -> list[float]:
+    """Ends its process, without a word, at one answer."""
+    if "kill" in responses:
+        os._exit(1)
+    return [float(len(r)) for r in responses]

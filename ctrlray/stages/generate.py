@@ -23,10 +23,8 @@ from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Progress, StageResult
-from ctrlray.stages.journal import DIED, Journal
+from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
-
-IN_FLIGHT = "in_flight"
 
 
 class GenerateBatch:

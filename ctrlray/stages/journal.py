@@ -17,6 +17,8 @@ from ctrlray.tables import Storage
 T = TypeVar("T")
 SPLIT = 8
 """A group that ended its process is cut into so many."""
+IN_FLIGHT = "in_flight"
+"""Folder of the notes beside a stage's tables."""
 DIED = "process_died"
 """Error under which such rows are quarantined."""
 

@@ -22,6 +22,7 @@ from ctrlray.rewards.base import Scorer
 from ctrlray.rewards.registry import build
 from ctrlray.schema import Message
 from ctrlray.stages.generate import actor_options, consume
+from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
 TRUNCATED = "truncated"
@@ -31,14 +32,24 @@ Conversations = Mapping[str, Sequence[Message]]
 class ScoreBatch:
     """Ray Data actor: adds the outputs of one reward to a batch of (response_id, prompt_id, text)."""
 
-    def __init__(self, reward: config.Reward, conversations: Any, keep_truncated: bool) -> None:
+    def __init__(self, reward: config.Reward, conversations: Any, keep_truncated: bool, journal: Journal) -> None:
         _yield_to_engines()
+        self._journal = journal
         self._keep_truncated = keep_truncated
         self._scorer: Scorer = build(reward)
         self._conversations: Conversations = ray.get(conversations)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Add one `raw_<output>` column per output, NaN where the reward failed, and the failures' reasons."""
+        ids = batch["response_id"].to_pylist()
+        parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)))
+        if killers or not parts:
+            detail = f"{DIED}: alone with it, the reward's process ended; see the actor's log in Ray's session folder"
+            left_out = batch.take(pa.array(killers, pa.int64()))
+            parts.append(self._with_columns(left_out, {}, [detail] * len(killers)))
+        return pa.concat_tables(parts)
+
+    def _score(self, batch: pa.Table) -> pa.Table:
         errors = self._errors_so_far(batch)
         todo = [i for i, error in enumerate(errors) if not error]
         texts, prompts = batch["text"].to_pylist(), batch["prompt_id"].to_pylist()
@@ -46,10 +57,15 @@ class ScoreBatch:
         columns, failures = score_rows(self._scorer, chats, [texts[i] for i in todo])
         for i, failure in zip(todo, failures, strict=True):
             errors[i] = failure
+        spread = {name: np.full(len(errors), np.nan, np.float32) for name in columns}
+        for name, values in spread.items():
+            values[todo] = columns[name]
+        return self._with_columns(batch, spread, errors)
+
+    def _with_columns(self, batch: pa.Table, columns: Mapping[str, Any], errors: list[str]) -> pa.Table:
         kept = batch.drop_columns(["error"]) if "error" in batch.column_names else batch
         for name in self._scorer.attributes:
-            values = np.full(len(errors), np.nan, np.float32)
-            values[todo] = columns[name]
+            values = columns.get(name, np.full(batch.num_rows, np.nan, np.float32))
             kept = kept.append_column(f"raw_{name}", pa.array(values, pa.float32()))
         return kept.append_column("error", pa.array(errors, pa.string()))
 
@@ -126,10 +142,11 @@ def _fill(columns: dict[str, Any], given: Mapping[str, Any], rows: slice, size: 
 def score_stream(rows: ray.data.Dataset, job: config.Job, conversations: Conversations, out: Storage) -> ray.data.Dataset:
     """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
     shared = ray.put(dict(conversations))
-    for reward in job.rewards:
+    Journal(out.sub(IN_FLIGHT)).clear()
+    for i, reward in enumerate(job.rewards):
         rows = rows.map_batches(
             ScoreBatch,
-            fn_constructor_args=(reward, shared, job.distill.keep_truncated),
+            fn_constructor_args=(reward, shared, job.distill.keep_truncated, Journal(out.sub(IN_FLIGHT, str(i)))),
             batch_size=None,
             batch_format="pyarrow",
             **actor_options(job.score.pool),

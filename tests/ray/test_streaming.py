@@ -14,7 +14,7 @@ from ctrlray.control import ControlSpace
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.ledger import Silent
 from ctrlray.stages import generate, score
-from ctrlray.stages.journal import Journal
+from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows
 from tests.fakes import tiny_tokenizer
 
@@ -43,7 +43,7 @@ class FakeEngine:
 class FakeGenerate(generate.GenerateBatch):
     def __init__(self, spec, sampling, out):
         self._engine, self._sampling, self._out = FakeEngine(spec), sampling, out
-        self._journal = Journal(out.sub(generate.IN_FLIGHT))
+        self._journal = Journal(out.sub(IN_FLIGHT))
 
 
 class MortalEngine(FakeEngine):
@@ -170,3 +170,20 @@ def test_weighted_outputs_add_up(local_ray, tmp_path):
     score.run(rows, {"p": [{"role": "user", "content": "q"}]}, made, out, Silent()).check("score")
     (row,) = out.read_table("scores", schema.scores(["both"])).to_pylist()
     assert row["score_both"] == pytest.approx(0.5 * -3 + 2.0 * 2)
+
+
+def test_a_row_that_kills_reward_actors_is_quarantined_alone(local_ray, tmp_path):
+    deadly = [{"type": "function", "target": "tests.fakes:deadly_reward", "attributes": ["brevity"]}]
+    made = job(control={"attributes": [{"name": "brevity", "levels": 2}]}, rewards=deadly)
+    texts = [f"answer {i}" for i in range(20)]
+    texts[13] = "kill"
+    rows = pa.table(
+        {"response_id": [str(i) for i in range(20)], "prompt_id": ["p"] * 20, "text": texts, "finish_reason": ["stop"] * 20}
+    )
+    out = Storage(str(tmp_path))
+    result = score.run(rows, {"p": [{"role": "user", "content": "q"}]}, made, out, Silent()).check("score")
+    assert result.rows_out == 19 and result.quarantined == {"process_died": 1}
+    (bad,) = out.read_table("quarantine", schema.QUARANTINE).to_pylist()
+    assert bad["row_id"] == "13" and bad["stage"] == "score"
+    scores = {r["response_id"]: r["score_brevity"] for r in out.read_table("scores", schema.scores(["brevity"])).to_pylist()}
+    assert scores == {str(i): float(len(t)) for i, t in enumerate(texts) if i != 13}
