@@ -78,6 +78,22 @@ def test_every_rank_has_as_many_micro_batches():
     assert all(sum(r.num_tokens for r in micro) <= 10 for rank in shards for micro in rank)
 
 
+def test_ranks_carry_alike():
+    sizes = [9, 8, 7, 6, 5, 4, 3, 2]
+    examples = [(i, TrainExample(((1, 2),), (tuple([5] * n),), 1.0, f"p{i}")) for i, n in enumerate(sizes)]
+    shards = shard(tree_rows(examples, wrong=False, share=True), ranks=2, max_tokens=1000)
+    # longest first to the lighter rank: 11+8+7+4 and 10+9+6+5, prompts of two tokens included
+    assert [sum(r.num_tokens for micro in rank for r in micro) for rank in shards] == [30, 30]
+
+
+def test_equal_prompts_leave_their_last_token_to_the_branches():
+    """It predicts each answer's first token, so it cannot be shared when nothing follows it in the prompt."""
+    same = TrainExample(((1, 2, 8), (1, 2, 8)), ((5,), (6,)), 1.0, "p")
+    (row,) = tree_rows([(0, same)], wrong=True, share=True)
+    assert row.prompt_ids == (1, 2) and [b.code_ids for b in row.branches] == [(8,), (8,)]
+    assert collate([row], pad_id=0).source_NT.tolist() == [[2], [4]]
+
+
 def test_empty_micro_batch_has_no_answers():
     batch = collate([], pad_id=3)
     assert batch.mask_NT.shape[0] == 0 and batch.input_ids_RS.tolist() == [[3]]

@@ -61,7 +61,7 @@ def test_duplicates_and_bad_rows_are_accounted_for(tmp_path):
 
 
 def test_one_opening_is_never_in_both_splits(tmp_path):
-    rows = [{"chosen": f"\n\nHuman: open{i % 4}\n\nAssistant: x\n\nHuman: more{i}\n\nAssistant: y"} for i in range(40)]
+    rows = [{"chosen": f"\n\nHuman: open{i % 3}\n\nAssistant: x\n\nHuman: more{i}\n\nAssistant: y"} for i in range(40)]
     (tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, rows)))
     made, _, _ = load(tmp_path, config.HHPrompts(path=str(tmp_path / "hh.jsonl")), train=20, evaluate=10)
     sides = {}

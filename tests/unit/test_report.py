@@ -359,3 +359,14 @@ def test_known_methods_keep_their_style():
     assert (
         len({s.color for s in styles(["start", "prompting", "exmate", "clm", "rerank", "ppo", "x", "y"]).values()}) == 8
     )
+
+
+def test_verdict_names_a_code_that_is_read_wrongly():
+    (found,) = verdict(NAMES[:1], {}, {"exmate": {**ci(-0.05, 0.01), "num_examples": 9}}).findings
+    assert "more likely" in found.text and found.tone == "bad"
+
+
+def test_verdict_names_what_else_a_dial_moves_and_not_itself():
+    texts = [f.text for f in verdict(NAMES[:2], {"exmate": method_metrics(0.4, NAMES[:2], 3)}, {}).findings]
+    assert "It also moves harmlessness by" in texts[0] and "It also moves helpfulness by" in texts[1]
+    assert "helpfulness by" not in texts[0]
