@@ -286,7 +286,7 @@ def _runs_show(name: str) -> None:
         for line in accounts(manifest["stages"]):
             click.echo(line)
         if left := runs.stale(storage):
-            click.echo(f"\n{len(left)} outputs of other settings or unfinished stages; `ctrlray runs clean {name}` deletes them")
+            click.echo(f"\n{len(left)} outputs of other settings; `ctrlray runs clean {name}` deletes them")
 
 
 @_command(_runs, "clean", "Delete what a run's job no longer refers to, or the whole run.", "ctrlray runs clean quickstart")

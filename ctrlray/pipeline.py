@@ -58,6 +58,12 @@ class Run:
     stages: tuple[str, ...] = STAGES
     """What this run was asked to do; scoring streams behind generation only when both are."""
 
+    @classmethod
+    def at(cls, storage: Storage) -> Run:
+        """The run that a storage folder holds, by the job file kept in it."""
+        raw = yaml.safe_load(storage.read_bytes("job.yaml"))
+        return cls(config.parse(config.Job, raw, where=storage.path("job.yaml")))
+
     @cached_property
     def storage(self) -> Storage:
         """The run root."""
@@ -117,10 +123,8 @@ class Run:
     @cached_property
     def previous(self) -> Run | None:
         """The last run at this root by the job that it kept; None when there is none, or when it no longer loads."""
-        if not self.storage.exists("job.yaml"):
-            return None
         try:
-            return Run(config.parse(config.Job, yaml.safe_load(self.storage.read_bytes("job.yaml")), where="job.yaml"))
+            return Run.at(self.storage) if self.storage.exists("job.yaml") else None
         except (ConfigError, yaml.YAMLError):
             return None
 

@@ -10,7 +10,6 @@ from typing import Any
 from ctrlray import config
 from ctrlray.errors import ConfigError
 from ctrlray.pipeline import STAGES, Run
-from ctrlray.schema import digest
 from ctrlray.tables import Storage
 
 
@@ -54,8 +53,8 @@ def locate(name: str) -> Storage:
 
 
 def stale(storage: Storage) -> list[tuple[str, str]]:
-    """(stage, key) of outputs that the run's job no longer refers to: those of earlier settings, or of cut-off stages."""
-    keys = Run(config.load_job(_job_file(storage))).keys
+    """(stage, key) of outputs that the run's job no longer refers to: those of earlier settings."""
+    keys = Run.at(storage).keys
     return [(s, k) for s in STAGES for k in storage.folders(s) if k != keys[s]]
 
 
@@ -70,13 +69,3 @@ def clean(storage: Storage, everything: bool = False) -> int:
         freed += storage.size(stage, key)
         storage.delete(stage, key)
     return freed
-
-
-def _job_file(storage: Storage) -> Path:
-    """The run's resolved job file as a local file."""
-    if storage.is_local:
-        return Path(storage.path("job.yaml"))
-    copy = config.cache_home() / "jobs" / f"{digest(storage.uri)}.yaml"
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_bytes(storage.read_bytes("job.yaml"))
-    return copy

@@ -10,6 +10,7 @@ What fails and whose fault it is:
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -177,8 +178,6 @@ class JudgeScorer:
 
     def messages(self, conversation: Sequence[Message], response: str) -> list[Message]:
         """The judge's prompt. What is judged comes as quoted JSON, so that it cannot pass for an instruction's end."""
-        import json
-
         scale = f"from {self._reward.lowest:g} (lowest) to {self._reward.highest:g} (highest)"
         system = (
             f"You rate the last answer of a conversation {scale}.\n{self._reward.rubric}\n"
