@@ -155,6 +155,8 @@ class Behaviour(Frozen):
     """Replaces the conversation's system turn; null samples the plain prompt."""
     prefix: str = ""
     """Opens the answer, which the model then continues: reaches answers that a small model would not begin by itself."""
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Lower than sampling.max_tokens; with `finish: sentence` it makes short answers of a model that rambles."""
 
 
 class Sampling(Frozen):
@@ -196,6 +198,16 @@ class Generate(Frozen):
     """Requests an engine holds at once; a block written to storage is one batch."""
     pool: Pool = Pool(cpus=0.5)
     engine: EngineSettings = EngineSettings()
+
+    @model_validator(mode="after")
+    def _within_limit(self) -> Generate:
+        for b in self.behaviours:
+            if b.max_tokens and b.max_tokens > self.sampling.max_tokens:
+                raise ValueError(
+                    f"generate.behaviours: max_tokens={b.max_tokens} of {b.name!r} is above sampling.max_tokens="
+                    f"{self.sampling.max_tokens}; raise that one"
+                )
+        return self
 
     @field_validator("behaviours")
     @classmethod
@@ -441,6 +453,10 @@ class Cluster(Frozen):
     """A Ray address; unset: RAY_ADDRESS if that is set (as under `ray job submit`), else a Ray of this run's own."""
     cpus: Annotated[int, Field(ge=1)] | None = None
     """CPUs of a Ray of this run's own; all cores when unset."""
+    stall_timeout_s: Annotated[float, Field(gt=0)] = 1800.0
+    """A stage that finishes no row for so long fails, saying what it waits for. Longer than an engine's start."""
+    autoscale_timeout_s: Annotated[float, Field(ge=0)] = 0.0
+    """How long to wait for an autoscaling cluster to grow to what the job needs; 0: what is missing now is refused."""
 
 
 class Job(Frozen):

@@ -23,3 +23,9 @@ class ClusterError(CtrlRayError, RuntimeError):
     """The cluster cannot hold the job, or a part of it died more often than allowed."""
 
     exit_code = 4
+
+
+class StorageError(CtrlRayError, OSError):
+    """A run's storage cannot be written to or read from."""
+
+    exit_code = 5

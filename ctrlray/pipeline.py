@@ -257,7 +257,9 @@ def _generate(current: Run, progress: Progress) -> StageResult:
 
     prompts = current.prompts("train")
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
-    out = current.out("score")
+    here, out = current.out("generate"), current.out("score")
+    streams = "score" in current.stages
+    notes = generate.journals(here) + (score.journals(current.job, out) if streams else [])
     progress.note("preparing the model")
     return generate.run(
         prompts,
@@ -265,9 +267,10 @@ def _generate(current: Run, progress: Progress) -> StageResult:
         current.engine_spec(),
         current.base.renderer(ControlSpace.of(current.job.control)),
         current.base.base_fingerprint,
-        current.out("generate"),
+        here,
         progress,
-        then=(lambda stream: score.score_stream(stream, current.job, chats, out)) if "score" in current.stages else None,
+        generate.patience("generate", current.job.cluster.stall_timeout_s, notes),
+        then=(lambda stream: score.score_stream(stream, current.job, chats, out)) if streams else None,
     )
 
 

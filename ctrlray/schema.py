@@ -55,6 +55,7 @@ REQUESTS = _table(
         ("sample", pa.int32()),
         ("prompt_token_ids", TOKENS),  # rendered with the behaviour's system turn
         ("prefix_token_ids", TOKENS),  # opens the answer, and counts as its part
+        ("max_tokens", pa.int32()),  # sampled at most, the prefix not among them
     ],
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import uuid
@@ -16,7 +17,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from ctrlray.errors import ConfigError, DataError
+from ctrlray.errors import ConfigError, DataError, StorageError
 from ctrlray.schema import VERSION
 
 
@@ -85,8 +86,14 @@ class Storage:
         self.filesystem.delete_dir(self.path(*parts))
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
-        """Write a file so that readers see all of it or none of it."""
+        """Write a file so that readers see all of it or none of it. Raises StorageError with the next step."""
         target = self.path(*parts)
+        try:
+            self._write(data, target)
+        except OSError as error:
+            raise StorageError(f"cannot write {target}: {_next_step(error)}") from error
+
+    def _write(self, data: bytes, target: str) -> None:
         if not self.is_local:  # object stores publish an object when its upload ends
             with self.filesystem.open_output_stream(target) as sink:
                 sink.write(data)
@@ -148,3 +155,14 @@ def from_rows(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
 def slices(table: pa.Table, rows: int) -> list[pa.Table]:
     """Zero-copy slices of at most `rows` rows."""
     return [table.slice(i, rows) for i in range(0, table.num_rows, rows)]
+
+
+def _next_step(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            return "the disk is full. Free some space and run the same command again; what was written before is kept"
+        case errno.EROFS | errno.EACCES | errno.EPERM | errno.ENOENT | errno.ENOTDIR:
+            reason = (error.strerror or str(error)).lower()
+            return f"{reason}. Make the folder writable, or give another run_root"
+        case _:
+            return f"{error}. Check the storage and its credentials, then run the same command again; what was written is kept"

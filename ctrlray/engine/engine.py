@@ -88,19 +88,24 @@ class Engine:
         self.weights_version = 0
         self._llm = LLM(**spec.arguments())
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1) -> list[list[Completion]]:
-        """Sample `n` answers for each prompt of token ids, in the prompts' order."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, max_tokens: Sequence[int] | None = None
+    ) -> list[list[Completion]]:
+        """Sample `n` answers for each prompt of token ids, in the prompts' order; `max_tokens` has a limit for each prompt."""
         from vllm import SamplingParams
 
-        params = SamplingParams(
-            n=n,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p if sampling.temperature else 1.0,
-            min_p=sampling.min_p if sampling.temperature else 0.0,
-            logprobs=0,
-            logit_bias=dict.fromkeys(self.spec.masked_ids, -100.0) or None,
-        )
+        params = [
+            SamplingParams(
+                n=n,
+                max_tokens=limit,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p if sampling.temperature else 1.0,
+                min_p=sampling.min_p if sampling.temperature else 0.0,
+                logprobs=0,
+                logit_bias=dict.fromkeys(self.spec.masked_ids, -100.0) or None,
+            )
+            for limit in max_tokens or [sampling.max_tokens] * len(prompts)
+        ]
         requests = [{"prompt_token_ids": [int(t) for t in p]} for p in prompts]
         outputs = self._llm.generate(requests, params, use_tqdm=False)
         found = [[_completion(sample) for sample in output.outputs] for output in outputs]

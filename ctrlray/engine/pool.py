@@ -11,6 +11,7 @@ import ray
 from ctrlray.config import Pool, Sampling
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.errors import ClusterError
+from ctrlray.isolate import plan
 
 
 class EngineHost:
@@ -35,21 +36,32 @@ class EngineHost:
 
 
 class EnginePool:
-    """Engines `<name>-0`, `<name>-1`, ...; use as a context manager."""
+    """Engines `<name>-0`, `<name>-1`, ...; use as a context manager.
 
-    def __init__(self, spec: EngineSpec, pool: Pool, name: str) -> None:
-        actor = ray.remote(EngineHost)
-        placed = {"num_cpus": pool.cpus, "num_gpus": pool.gpus * spec.settings.tensor_parallel, "max_restarts": 0}
-        self._engines = [actor.options(name=f"{name}-{i}", **placed).remote(spec) for i in range(pool.max_size)]
+    An engine that dies or raises is replaced, given the current weights, and its rows are tried again in eighths, until
+    the row that ends engines is alone and left out. `pool.max_restarts` bounds that.
+    """
+
+    def __init__(self, spec: EngineSpec, pool: Pool, name: str, stall_timeout_s: float = 1800.0) -> None:
+        self._spec, self._pool, self._name = spec, pool, name
+        self._timeout_s = stall_timeout_s
+        self._restarts = 0
+        self._folder: str | None = None
+        self._engines = [self._start(i) for i in range(pool.max_size)]
         self.weights_version = 0
+
+    def _start(self, index: int) -> Any:
+        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus * self._spec.settings.tensor_parallel}
+        actor = ray.remote(EngineHost).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
+        return actor.remote(self._spec)
 
     def __enter__(self) -> EnginePool:
         """Wait until every engine is up."""
         try:
-            ray.get([e.ready.remote() for e in self._engines])
-        except ray.exceptions.RayActorError as error:
+            self._await_start(self._engines)
+        except BaseException:
             self.close()
-            raise ClusterError(f"an engine did not start: {error}") from error
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -62,23 +74,69 @@ class EnginePool:
         sampling: Sampling,
         batch_size: int,
         progress: Callable[[int, int], None] = lambda rows, tokens: None,
-    ) -> list[Completion]:
-        """One answer per prompt, in order; batches go to whichever engine is free. `progress(rows, tokens)` per batch."""
-        starts = list(range(0, len(prompts), batch_size))
+    ) -> list[Completion | None]:
+        """One answer per prompt, in order, None for a prompt that ends engines; batches go to whichever engine is free.
+
+        `progress(rows, tokens)` is called per batch. Raises ClusterError when engines end too often, or nothing comes.
+        """
+        rows = list(range(len(prompts)))
+        waiting = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         answers: list[Completion | None] = [None] * len(prompts)
-        idle = list(self._engines)
-        running: dict[Any, tuple[int, Any]] = {}
-        while starts or running:
-            while starts and idle:
-                start, engine = starts.pop(0), idle.pop()
-                running[engine.generate.remote(list(prompts[start : start + batch_size]), sampling)] = (start, engine)
-            (done,), _ = ray.wait(list(running))
-            start, engine = running.pop(done)
-            batch = ray.get(done)
+        idle = list(range(len(self._engines)))
+        running: dict[Any, tuple[list[int], int]] = {}
+        while waiting or running:
+            while waiting and idle:
+                batch, engine = waiting.pop(0), idle.pop()
+                ref = self._engines[engine].generate.remote([prompts[i] for i in batch], sampling)
+                running[ref] = (batch, engine)
+            done, _ = ray.wait(list(running), timeout=self._timeout_s)
+            if not done:
+                held = sum(len(b) for b, _ in running.values())
+                raise ClusterError(
+                    f"{self._name}: no engine finished a batch within {self._timeout_s:g} s; {held} prompts are in flight on "
+                    f"{len(running)} engines. Raise cluster.stall_timeout_s or lower evaluate.batch_size."
+                )
+            batch, engine = running.pop(done[0])
             idle.append(engine)
-            answers[start : start + len(batch)] = batch
-            progress(len(batch), sum(len(c.token_ids) for c in batch))
-        return [a for a in answers if a is not None]
+            try:
+                made = ray.get(done[0])
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                waiting[:0] = self._replace(engine, batch, error)
+                continue
+            for i, completion in zip(batch, made, strict=True):
+                answers[i] = completion
+            progress(len(batch), sum(len(c.token_ids) for c in made))
+        return answers
+
+    def _replace(self, index: int, batch: list[int], error: Exception) -> list[list[int]]:
+        """A new engine in a dead one's place; returns the batches to try again, none when the row was alone."""
+        self._restarts += 1
+        if self._restarts > self._pool.max_restarts:
+            raise ClusterError(
+                f"{self._name}: engines ended {self._restarts} times, more than generate.pool.max_restarts="
+                f"{self._pool.max_restarts} allows; the last one with: {_last_line(error)}"
+            ) from error
+        ray.kill(self._engines[index])  # one that only raised is in an unknown state
+        self._engines[index] = self._start(index)
+        self._await_start([self._engines[index]])
+        if self._folder is not None:
+            ray.get(self._engines[index].load_weights.remote(self._folder, self.weights_version))
+        groups, _ = plan(batch, [batch])
+        return groups
+
+    def _await_start(self, engines: Sequence[Any]) -> None:
+        waiting = [e.ready.remote() for e in engines]
+        try:
+            ray.get(waiting, timeout=self._timeout_s)
+        except ray.exceptions.GetTimeoutError as error:
+            late = len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[1])
+            raise ClusterError(
+                f"{self._name}: {late} of {len(waiting)} engines did not start within {self._timeout_s:g} s; each reserves "
+                f"{self._pool.cpus:g} CPUs and {self._pool.gpus * self._spec.settings.tensor_parallel:g} GPUs, and "
+                f"{ray.available_resources().get('CPU', 0):g} CPUs and {ray.available_resources().get('GPU', 0):g} GPUs are free"
+            ) from error
+        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+            raise ClusterError(f"{self._name}: an engine did not start: {_last_line(error)}") from error
 
     def load_weights(self, folder: str) -> int:
         """Swap the weights of every engine; stops the run when engines disagree. Returns the new version."""
@@ -87,7 +145,7 @@ class EnginePool:
         for i, state in enumerate(states):
             if state != states[0] or state[0] != version:
                 raise ClusterError(f"engine {i} holds other weights than engine 0 after the update: {state} against {states[0]}")
-        self.weights_version = version
+        self.weights_version, self._folder = version, folder
         return version
 
     def close(self) -> None:
@@ -95,3 +153,7 @@ class EnginePool:
         for engine in self._engines:
             ray.kill(engine)
         self._engines = []
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

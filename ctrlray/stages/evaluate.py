@@ -15,12 +15,13 @@ import ray.data
 from ctrlray import config, schema
 from ctrlray.control import ControlSpace, Levels, Renderer, with_system
 from ctrlray.distill import Levels as LevelScale
-from ctrlray.engine.engine import EngineSpec
+from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
-from ctrlray.ledger import Progress, StageResult
+from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.metrics import evaluate_grid
 from ctrlray.stages.generate import consume
-from ctrlray.stages.score import job_attributes, score_stream
+from ctrlray.stages.journal import DIED
+from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
 UNCONTROLLED = "start"
@@ -97,7 +98,7 @@ def run(
     out.write_table(grid, "grid")
     out.write_json(evaluate_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "metrics.json")
     tokens = sum(a["num_tokens"] for a in answers)
-    return StageResult(len(answers), len(answers) - failed, quarantined={"score": failed} if failed else {}, tokens=tokens)
+    return StageResult(len(answers), len(answers) - sum(failed.values()), quarantined=failed, tokens=tokens)
 
 
 def _answers_schema(job: config.Job) -> pa.Schema:
@@ -121,7 +122,7 @@ def _answer(
     if not missing:
         return
     progress.note("starting vLLM")
-    with EnginePool(spec, job.generate.pool, f"{job.name}-evaluate") as pool:
+    with EnginePool(spec, job.generate.pool, f"{job.name}-evaluate", job.cluster.stall_timeout_s) as pool:
         for method in missing:
             folder = weights(method)
             if folder is not None:
@@ -129,11 +130,21 @@ def _answer(
             progress.note(method)
             asked = plan[method]
             found = pool.generate([q.token_ids for q in asked], job.evaluate.sampling, job.evaluate.batch_size, progress.advance)
-            rows = [_row(q, c, pool.weights_version, job) for q, c in zip(asked, found, strict=True)]
+            rows = [_row(q, c or _NO_ANSWER, pool.weights_version, job) for q, c in zip(asked, found, strict=True)]
+            if bad := [_left_out(q) for q, c in zip(asked, found, strict=True) if c is None]:
+                out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
             out.write_table(from_rows(rows, _answers_schema(job)), "answers", f"method-{method}")
 
 
-def _row(question: Question, answer: Any, version: int, job: config.Job) -> dict[str, Any]:
+_NO_ANSWER = Completion("", [], 0.0, DIED)
+
+
+def _left_out(question: Question) -> dict[str, str]:
+    detail = f"alone with prompt {question.prompt_id} under {question.method} {list(question.levels)} an engine ended"
+    return {"stage": "evaluate", "row_id": question.grid_id, "error": DIED, "detail": detail}
+
+
+def _row(question: Question, answer: Completion, version: int, job: config.Job) -> dict[str, Any]:
     requested = dict(zip((f"requested_{n}" for n in job_attributes(job)), question.levels, strict=True))
     return requested | {
         "grid_id": question.grid_id,
@@ -153,7 +164,7 @@ def _score(
     """Score each distinct (prompt, text) once."""
     names = job_attributes(job)
     done = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist())
-    todo = {_text_id(a): a for a in answers if _text_id(a) not in done}
+    todo = {_text_id(a): a for a in answers if a["finish_reason"] != DIED and _text_id(a) not in done}
     if not todo:
         return
     progress.note("scoring")
@@ -165,7 +176,8 @@ def _score(
         }
     )
     conversations = {p["prompt_id"]: p["messages"] for p in prompts}
-    consume(score_stream(ray.data.from_arrow(slices(table, job.score.batch_size)), job, conversations, out), _Muted(progress))
+    stream = score_stream(ray.data.from_arrow(slices(table, job.score.batch_size)), job, conversations, out)
+    consume(stream, _Muted(progress), patience_of("evaluate", job, out))
 
 
 class _Muted:
@@ -195,14 +207,20 @@ def _grid(
     cells: Sequence[Levels],
     scales: Mapping[str, LevelScale],
     out: Storage,
-) -> tuple[pa.Table, int]:
-    """The scored grid; the start model's one answer stands in every cell. Answers whose reward failed have NaN."""
+) -> tuple[pa.Table, dict[str, int]]:
+    """The scored grid, and how many answers have no score, by reason; NaN stands for theirs.
+
+    The start model's one answer stands in every cell.
+    """
     names = job_attributes(job)
     scored = {r["response_id"]: r for r in out.read_table("scores", schema.scores(names)).to_pylist()}
-    rows, failed = [], 0
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
     for answer in answers:
-        found = scored.get(_text_id(answer))
-        failed += found is None
+        died = answer["finish_reason"] == DIED
+        found = None if died else scored.get(_text_id(answer))
+        if found is None:
+            failed.append(DIED if died else "score")
         for name in names:
             value = float("nan") if found is None else found[f"score_{name}"]
             units = float("nan") if found is None else float(scales[name].units(np.array([value]))[0])
@@ -211,4 +229,4 @@ def _grid(
             where = dict(zip((f"requested_{n}" for n in names), cell, strict=True)) if cell else {}
             suffix = {"grid_id": schema.digest(answer["grid_id"], list(cell))} if cell else {}
             rows.append(answer | where | suffix)
-    return from_rows(sorted(rows, key=lambda r: r["grid_id"]), schema.grid(names)), failed
+    return from_rows(sorted(rows, key=lambda r: r["grid_id"]), schema.grid(names)), count(failed)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -23,6 +23,7 @@ from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Progress, StageResult
+from ctrlray.patience import Patience
 from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -51,13 +52,20 @@ class GenerateBatch:
 
         tables, killers = self._journal.run(ids, lambda group: self._answer([rows[i] for i in group]), done)
         if killers:
-            detail = "alone with it, the engine's process ended; see the actor's log in Ray's session folder"
-            bad = [{"stage": "generate", "row_id": ids[i], "error": DIED, "detail": detail} for i in killers]
+            bad = [
+                {"stage": "generate", "row_id": ids[i], "error": DIED, "detail": f"alone with it the engine ended: {words}"}
+                for i, words in killers.items()
+            ]
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
         return pa.concat_tables([kept, *tables])
 
     def _answer(self, rows: list[dict[str, Any]]) -> pa.Table:
-        answers = self._engine.generate([r["prompt_token_ids"] + r["prefix_token_ids"] for r in rows], self._sampling)
+        try:
+            prompts = [r["prompt_token_ids"] + r["prefix_token_ids"] for r in rows]
+            answers = self._engine.generate(prompts, self._sampling, max_tokens=[r["max_tokens"] for r in rows])
+        except Exception as error:  # vLLM promises nothing about an engine that raised: the next one starts clean
+            self._journal.die(error)
+            raise
         made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
         table = from_rows(made, schema.RESPONSES)
         self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
@@ -91,6 +99,7 @@ def expand_requests(
     """
     requests, refused = [], []
     prefixes = {b.name: renderer.text_ids(b.prefix) for b in settings.behaviours}
+    limits = {b.name: b.max_tokens or settings.sampling.max_tokens for b in settings.behaviours}
     for prompt in prompts.to_pylist():
         rendered = {b.name: renderer.render(with_system(prompt["messages"], b.system)) for b in settings.behaviours}
         for i in range(settings.samples):
@@ -110,6 +119,7 @@ def expand_requests(
                     "sample": sample,
                     "prompt_token_ids": ids,
                     "prefix_token_ids": prefix,
+                    "max_tokens": limits[behaviour],
                 }
             )
     return from_rows(requests, schema.REQUESTS), from_rows(refused, schema.QUARANTINE)
@@ -123,6 +133,7 @@ def run(
     fingerprint: str,
     out: Storage,
     progress: Progress,
+    patience: Patience,
     then: Callable[[ray.data.Dataset], ray.data.Dataset] | None = None,
 ) -> StageResult:
     """Sample all answers that `out` lacks. `then` extends the stream, for example by scoring behind generation."""
@@ -140,7 +151,7 @@ def run(
         progress.note("starting vLLM")
         blocks = write_blocks(pending, out, settings.batch_size)
         stream = generate_stream(blocks, out, settings, spec)
-        consume(then(stream) if then else stream, progress)
+        consume(then(stream) if then else stream, progress, patience)
     return _accounts(requests, refused.num_rows, out)
 
 
@@ -175,15 +186,42 @@ def actor_options(pool: config.Pool, gpus: float | None = None) -> dict[str, Any
     }
 
 
-def consume(stream: ray.data.Dataset, progress: Progress) -> None:
+def journals(out: Storage) -> list[Journal]:
+    """The notes of what this stage's actors are working on."""
+    return [Journal(out.sub(IN_FLIGHT))]
+
+
+def patience(stage: str, timeout_s: float, notes: Sequence[Journal]) -> Patience:
+    """Patience with a stream whose actors keep these notes."""
+    return Patience(stage, timeout_s, lambda: waits_for([n for j in notes for n in j.in_flight()]))
+
+
+def waits_for(notes: Sequence[Mapping[str, Any]]) -> str:
+    """What a stream waits for: the rows that its actors hold, or actors that have not started."""
+    if not notes:
+        free, there = ray.available_resources(), ray.cluster_resources()
+        room = ", ".join(f"{free.get(kind, 0):g} of {there.get(kind, 0):g} {kind}s are free" for kind in ("CPU", "GPU"))
+        return f"an actor to start or to take up work ({room})"
+    old = notes[0]
+    rows = sum(len(n["rows"]) for n in notes)
+    said = next((f"; the last error was {n['error']}" for n in reversed(notes) if n["error"]), "")
+    oldest = f"the oldest since {old['since']} in process {old['process']}, first of them {old['first']}"
+    return f"{rows} rows in flight, {oldest}{said}"
+
+
+def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) -> None:
     """Run a stream to its end, reporting each block; the blocks themselves were written by the actors."""
+    blocks = stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
-        for block in stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+        for block in patience.each(blocks):
             progress.advance(
                 block.num_rows, sum(map(len, block["token_ids"].to_pylist())) if "token_ids" in block.column_names else 0
             )
     except ray.exceptions.RayActorError as error:
-        raise ClusterError(f"an actor of the stage died more often than pool.max_restarts allows: {error}") from error
+        raise ClusterError(
+            f"{patience.stage}: an actor died more often than pool.max_restarts allows, with {patience.waits_for()}. "
+            "What is finished is kept."
+        ) from error
 
 
 def _accounts(requests: pa.Table, num_refused: int, out: Storage) -> StageResult:

@@ -8,15 +8,17 @@ batch comes again (Ray retries it on the restarted actor) are groups that ended 
 
 from __future__ import annotations
 
+import datetime
+import os
+import socket
 from collections.abc import Callable, Collection, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from ctrlray.isolate import plan
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
 
 T = TypeVar("T")
-SPLIT = 8
-"""A group that ended its process is cut into so many."""
 IN_FLIGHT = "in_flight"
 """Folder of the notes beside a stage's tables."""
 DIED = "process_died"
@@ -28,6 +30,7 @@ class Journal:
 
     def __init__(self, out: Storage) -> None:
         self._out = out
+        self._current: tuple[str, str, dict[str, Any]] | None = None
 
     def clear(self) -> None:
         """Forget all notes: at the start of a run, those of a run that was killed as a whole say nothing about rows."""
@@ -36,47 +39,50 @@ class Journal:
 
     def run(
         self, ids: Sequence[str], work: Callable[[list[int]], T], done: Callable[[], Collection[str]] = tuple
-    ) -> tuple[list[T], list[int]]:
+    ) -> tuple[list[T], dict[int, str]]:
         """`work` on groups of row numbers that together cover all rows but those that end processes.
 
-        Returns the results in order, and the numbers of the rows that were left out because each, alone, ended a process.
-        `done` gives the ids whose results were kept before a process ended; it is asked only after one did.
+        Returns the results in order, and the numbers of the rows that were left out because each, alone, ended a process,
+        with what it said before it ended. `done` gives the ids whose results were kept before a process ended; it is asked
+        only after one did.
         """
         batch = digest(list(ids))
-        died = self._left(batch)
-        kept = set(done()) if died else set()
-        groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], died)
+        left = self._notes(batch)
+        kept = set(done()) if left else set()
+        groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], [n["rows"] for n in left])
+        words = {n["rows"][0]: n["error"] for n in left if len(n["rows"]) == 1}
         results = []
         for group in groups:
             name = f"{group[0]:06d}-{len(group):06d}.json"
-            self._out.write_json(group, batch, name)
+            note = {"rows": group, "first": ids[group[0]], "process": f"{socket.gethostname()}:{os.getpid()}", "error": ""}
+            self._out.write_json(note | {"since": _now()}, batch, name)
+            self._current = (batch, name, note)
             try:
                 results.append(work(group))
             except Exception:  # an error is not a death: whoever catches it decides
                 self._out.remove(batch, name)
                 raise
             self._out.remove(batch, name)
-        return results, killers
+        return results, {i: words[i] or _SILENT for i in killers}
 
-    def _left(self, batch: str) -> list[list[int]]:
+    def die(self, error: BaseException) -> None:
+        """Note what went wrong with the group in hand and end this process: what it holds is in an unknown state."""
+        assert self._current is not None
+        batch, name, note = self._current
+        self._out.write_json(note | {"error": f"{type(error).__name__}: {error}"[:2000], "since": _now()}, batch, name)
+        os._exit(1)
+
+    def in_flight(self) -> list[dict[str, Any]]:
+        """All notes, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `error`."""
+        found = [n for batch in self._out.folders() for n in self._notes(batch)]
+        return sorted(found, key=lambda n: str(n["since"]))
+
+    def _notes(self, batch: str) -> list[dict[str, Any]]:
         return [self._out.read_json(batch, n) for n in self._out.names(batch, suffix=".json")]
 
 
-def plan(rows: Sequence[int], died: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """Groups to work on after the groups `died` ended their process, and the rows to leave out.
+_SILENT = "the process ended without a word; see the actor's log in Ray's session folder"
 
-    Every row goes into a group an eighth the size of the smallest group that died with it; a row that died alone is out.
-    """
-    smallest: dict[int, list[int]] = {}
-    for group in sorted(died, key=len, reverse=True):
-        smallest |= {row: list(group) for row in group}
-    killers = [r for r in rows if len(smallest.get(r, ())) == 1]
-    together: dict[tuple[int, ...], list[int]] = {}
-    for row in rows:
-        if row not in killers:
-            together.setdefault(tuple(smallest.get(row, ())), []).append(row)
-    groups = []
-    for group, members in together.items():
-        size = max(len(group) // SPLIT, 1) if group else len(members)
-        groups += [members[i : i + size] for i in range(0, len(members), size)]
-    return sorted(groups), killers
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -17,11 +17,12 @@ import ray.data
 from ctrlray import config, schema
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.ledger import Progress, StageResult
+from ctrlray.patience import Patience
 from ctrlray.placement import WRITE_CPUS
 from ctrlray.rewards.base import Scorer
 from ctrlray.rewards.registry import build
 from ctrlray.schema import Message
-from ctrlray.stages.generate import actor_options, consume
+from ctrlray.stages.generate import actor_options, consume, patience
 from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -44,9 +45,9 @@ class ScoreBatch:
         ids = batch["response_id"].to_pylist()
         parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)))
         if killers or not parts:
-            detail = f"{DIED}: alone with it, the reward's process ended; see the actor's log in Ray's session folder"
-            left_out = batch.take(pa.array(killers, pa.int64()))
-            parts.append(self._with_columns(left_out, {}, [detail] * len(killers)))
+            left_out = batch.take(pa.array(list(killers), pa.int64()))
+            said = [f"{DIED}: alone with it the reward's process ended: {words}" for words in killers.values()]
+            parts.append(self._with_columns(left_out, {}, said))
         return pa.concat_tables(parts)
 
     def _score(self, batch: pa.Table) -> pa.Table:
@@ -139,14 +140,24 @@ def _fill(columns: dict[str, Any], given: Mapping[str, Any], rows: slice, size: 
         column[rows] = values
 
 
+def journals(job: config.Job, out: Storage) -> list[Journal]:
+    """The notes of what each reward's actors are working on."""
+    return [Journal(out.sub(IN_FLIGHT, str(i))) for i in range(len(job.rewards))]
+
+
+def patience_of(stage: str, job: config.Job, out: Storage) -> Patience:
+    """Patience with scoring below `out`."""
+    return patience(stage, job.cluster.stall_timeout_s, journals(job, out))
+
+
 def score_stream(rows: ray.data.Dataset, job: config.Job, conversations: Conversations, out: Storage) -> ray.data.Dataset:
     """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
     shared = ray.put(dict(conversations))
     Journal(out.sub(IN_FLIGHT)).clear()
-    for i, reward in enumerate(job.rewards):
+    for reward, journal in zip(job.rewards, journals(job, out), strict=True):
         rows = rows.map_batches(
             ScoreBatch,
-            fn_constructor_args=(reward, shared, job.distill.keep_truncated, Journal(out.sub(IN_FLIGHT, str(i)))),
+            fn_constructor_args=(reward, shared, job.distill.keep_truncated, journal),
             batch_size=None,
             batch_format="pyarrow",
             **actor_options(job.score.pool),
@@ -174,7 +185,7 @@ def run(responses: pa.Table, conversations: Conversations, job: config.Job, out:
     if pending.num_rows:
         progress.note("starting reward actors")
         blocks = slices(pending.select(["response_id", "prompt_id", "text"]), job.score.batch_size)
-        consume(score_stream(ray.data.from_arrow(blocks), job, conversations, out), progress)
+        consume(score_stream(ray.data.from_arrow(blocks), job, conversations, out), progress, patience_of("score", job, out))
     streamed = bool(finished.num_rows) and not pending.num_rows
     return _accounts(responses, finished, names, out, {"streamed_behind": "generate"} if streamed else {})
 

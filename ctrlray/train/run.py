@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-import threading
+import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,13 @@ from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError, DataError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.models import PreparedBase
+from ctrlray.patience import Background, Patience
 from ctrlray.placement import CONTROLLER_CPUS
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
 from ctrlray.train.worker import TrainTask, train_loop, valid_and_train_counts
+
+_POLL_S = 1.0
 
 
 def run(
@@ -48,40 +53,35 @@ def run(
                 seed=job.seed,
                 key=key,
             )
-            with _Watch(place, progress):
-                _fit(task, name, out)
+            patience = Patience("train", job.cluster.stall_timeout_s, partial(_waits_for, place, job.train))
+            _watched(partial(_fit, task, name, out), place, progress, patience)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {"steps": len(curves), "seconds": round(sum(p["seconds"] for p in curves), 1)}
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
 
 
-class _Watch:
-    """Reports a running objective's steps, which rank 0 notes beside its output: `fit` itself blocks until the end."""
+def _watched(call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
+    """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
+    running, seen, moved = Background(call), 0, time.monotonic()
+    while not running.over(_POLL_S):
+        if place.exists("progress.json"):
+            now = place.read_json("progress.json")
+            progress.total(now["steps"])
+            if now["step"] != seen:  # fewer than before when a failed worker went back to its checkpoint
+                progress.advance(now["step"] - seen)
+                seen, moved = now["step"], time.monotonic()
+        if time.monotonic() - moved > patience.timeout_s:
+            raise patience.over()
 
-    def __init__(self, place: Storage, progress: Progress) -> None:
-        self._place, self._progress = place, progress
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._poll, daemon=True)
 
-    def __enter__(self) -> None:
-        """Start watching."""
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        """Stop watching."""
-        self._over.set()
-        self._thread.join()
-
-    def _poll(self) -> None:
-        seen = 0
-        while not self._over.wait(2.0):
-            if self._place.exists("progress.json"):
-                now = self._place.read_json("progress.json")
-                self._progress.total(now["steps"])
-                if now["step"] > seen:
-                    self._progress.advance(now["step"] - seen)
-                    seen = now["step"]
+def _waits_for(place: Storage, settings: config.Train) -> str:
+    if place.exists("progress.json"):
+        now = place.read_json("progress.json")
+        return f"step {now['step'] + 1} of {now['steps']}"
+    free = ray.available_resources()
+    wanted = f"{settings.workers} workers with {settings.cpus_per_worker:g} CPUs and {settings.gpus_per_worker:g} GPUs each"
+    return f"{wanted}; {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
 
 
 def _fit(task: TrainTask, name: str, out: Storage) -> None:

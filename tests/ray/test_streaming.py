@@ -30,7 +30,7 @@ class FakeEngine:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, max_tokens):
         time.sleep(0.5)
         return [
             [Completion(f"answer {len(p)} {i}", [1, 2, 3], -1.0, "stop" if i % 5 else "length")] for i, p in enumerate(prompts)
@@ -49,10 +49,10 @@ class FakeGenerate(generate.GenerateBatch):
 class MortalEngine(FakeEngine):
     """Its process ends, without a word, at prompts of question 7 under behaviour `b`."""
 
-    def generate(self, prompts, sampling):
+    def generate(self, prompts, sampling, max_tokens):
         if any(b"question 7<" in bytes_of(p) and b"No." in bytes_of(p) for p in prompts):
             os._exit(1)
-        return super().generate(prompts, sampling)
+        return super().generate(prompts, sampling, max_tokens)
 
 
 def bytes_of(ids):
@@ -90,7 +90,8 @@ def sample(job, prompts, base, out, monkeypatch, then=None, actor=FakeGenerate):
     monkeypatch.setattr(generate, "GenerateBatch", actor)
     spec = EngineSpec(base.folder, "float32", 1024, job.generate.engine)
     renderer = base.renderer(SPACE)
-    return generate.run(prompts, job.generate, spec, renderer, "f", out, Silent(), then).check("generate")
+    patience = generate.patience("generate", job.cluster.stall_timeout_s, generate.journals(out))
+    return generate.run(prompts, job.generate, spec, renderer, "f", out, Silent(), patience, then).check("generate")
 
 
 def test_requests_by_hand(prompts, base):

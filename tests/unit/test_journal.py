@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from ctrlray.stages.journal import Journal, plan
+from ctrlray.isolate import plan
+from ctrlray.stages.journal import Journal
 from ctrlray.tables import Storage
 
 
@@ -49,9 +50,10 @@ def test_clear_forgets(tmp_path):
     journal.clear()
     with pytest.raises(ZeroDivisionError):
         journal.run(["a"], lambda group: 1 / 0)
-    assert journal.run(["a"], len) == ([1], [])  # an error is no death
+    assert journal.run(["a"], len) == ([1], {})  # an error is no death
     with pytest.raises(SystemExit):
         journal.run(["a"], lambda group: (_ for _ in ()).throw(SystemExit))
-    assert journal.run(["a"], len) == ([], [0])
+    results, killers = journal.run(["a"], len)
+    assert results == [] and "without a word" in killers[0]
     journal.clear()
-    assert journal.run(["a"], len) == ([1], [])
+    assert journal.run(["a"], len) == ([1], {})
