@@ -133,6 +133,18 @@ def _print_plan(job: Job) -> None:
     for row in estimate(job):
         minutes = "depends on GPUs" if row.minutes is None else f"{row.minutes:.1f}"
         click.echo(f"{row.stage:<10} {run.state(row.stage):<26} {row.rows:>8} {row.tokens:>15} {minutes:>19}")
+    _print_placement(job)
+
+
+def _print_placement(job: Job) -> None:
+    from ctrlray.models import shape_here
+    from ctrlray.placement import plan
+
+    click.echo(f"\n{'phase':<19} {'actors at least':<22} {'CPUs each':>9} {'GPUs each':>9} {'GiB each':>9}")
+    for group in plan(job, shape_here(job.model)):
+        memory = f"{group.memory_gib:.1f}" if group.memory_gib else "unknown"
+        who = f"{group.actors} x {group.operator}"
+        click.echo(f"{group.phase:<19} {who:<22} {group.cpus:>9g} {group.gpus:>9g} {memory:>9}")
 
 
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])

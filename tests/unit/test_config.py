@@ -9,9 +9,9 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ctrlray import config, placement
+from ctrlray import config
 from ctrlray.cli import main
-from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.errors import ConfigError
 from ctrlray.estimate import estimate
 
 ROOT = Path(__file__).parents[2]
@@ -74,17 +74,6 @@ def test_job_is_frozen_and_picklable():
     assert pickle.loads(pickle.dumps(made)) == made
     with pytest.raises(ValueError):
         made.name = "other"
-
-
-def test_placement_adds_up_and_names_what_is_missing():
-    quick = config.load_job("quickstart")
-    assert all(n.cpus <= 2 for n in placement.needs(quick))
-    placement.check(quick, cpus=2, gpus=0)
-    with pytest.raises(ClusterError, match=r"train reserves 3 CPUs, the cluster has 2: 1 too few. Lower train.workers"):
-        placement.check(config.load_job("quickstart", ["train.workers=3"]), cpus=2, gpus=0)
-    big = config.load_job("quickstart", ["generate.pool.gpus=1", "generate.engine.tensor_parallel=4"])
-    with pytest.raises(ClusterError, match="reserves 4 GPUs"):
-        placement.check(big, cpus=8, gpus=2)
 
 
 def test_estimate_by_hand():

@@ -1,0 +1,75 @@
+"""One run at a time in a run root."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ctrlray import config, lease, pipeline
+from ctrlray.errors import ConfigError
+from ctrlray.lease import Lease
+from ctrlray.tables import Storage
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return Storage(str(tmp_path))
+
+
+def test_a_second_run_is_refused_and_a_finished_one_leaves_nothing(storage):
+    with Lease(storage):
+        with pytest.raises(ConfigError, match=f"another run is writing to .* \\(process {os.getpid()} on .*another run_root"):
+            Lease(storage).__enter__()
+        assert lease.holder_of(storage)["pid"] == os.getpid()
+    assert lease.holder_of(storage) is None and not storage.exists(lease.FILE)
+    with Lease(storage):
+        pass
+
+
+def test_a_killed_run_is_taken_over_at_once(storage):
+    held = "import sys, time; from ctrlray.lease import Lease; from ctrlray.tables import Storage\n"
+    held += "Lease(Storage(sys.argv[1])).__enter__(); print('held', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", held, storage.uri], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match=f"process {other.pid}"):
+        Lease(storage).__enter__()
+    other.kill()
+    other.wait()
+    with Lease(storage):
+        assert storage.read_json(lease.FILE)["pid"] == os.getpid()
+
+
+def test_a_run_on_another_machine_counts_while_it_renews(storage):
+    theirs = {"id": "x", "machine": "elsewhere", "host": "elsewhere", "pid": 1, "renewed": time.time() - lease.STALE_S / 2}
+    storage.write_json(theirs, lease.FILE)
+    with pytest.raises(ConfigError, match="process 1 on elsewhere"):
+        Lease(storage).__enter__()
+    storage.write_json(theirs | {"renewed": time.time() - 2 * lease.STALE_S}, lease.FILE)
+    with Lease(storage):
+        pass
+
+
+def test_who_lost_the_lease_stops(storage, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    with Lease(storage) as mine:
+        mine.check()
+        first = storage.read_json(lease.FILE)["renewed"]
+        time.sleep(0.3)
+        assert storage.read_json(lease.FILE)["renewed"] > first
+        storage.write_json(storage.read_json(lease.FILE) | {"id": "x", "host": "elsewhere"}, lease.FILE)
+        time.sleep(0.3)
+        with pytest.raises(ConfigError, match="elsewhere"):
+            mine.check()
+    assert storage.read_json(lease.FILE)["id"] == "x"  # another's lease is left alone
+
+
+def test_the_pipeline_holds_it(tmp_path):
+    raw = {"name": "t", "run_root": str(tmp_path), "control": {"attributes": [{"name": "a"}]}}
+    reward = {"type": "function", "target": "tests.fakes:length_reward", "attributes": ["a"]}
+    job = config.parse(config.Job, raw | {"rewards": [reward]}, where="t")
+    with Lease(Storage(str(tmp_path))), pytest.raises(ConfigError, match="another run is writing"):
+        pipeline.run(job, ["prompts"])
+    pipeline.run(job, ["prompts"])
+    assert not (tmp_path / lease.FILE).exists()

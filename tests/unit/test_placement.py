@@ -1,0 +1,108 @@
+"""Placement: sums and memory by hand, packing as a property, and advice that fits when it is followed."""
+
+import random
+import re
+
+import pytest
+
+from ctrlray import config
+from ctrlray.placement import Group, Node, Shape, bundles, misfit, packs, plan, worker_gib
+
+# SmolLM2-135M's config, without its control tokens
+SMOLLM2 = {
+    "hidden_size": 576,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "intermediate_size": 1536,
+    "vocab_size": 49152,
+}
+
+
+def load(*overrides):
+    return config.load_job("quickstart", overrides)
+
+
+def test_parameters_by_hand():
+    shape = Shape.of(SMOLLM2)
+    # the model card's 134,515,008, and the table that the prepared base unties
+    assert shape.parameters == 134_515_008 + 49152 * 576
+    # q and o: 576 + 576, k and v: 576 + 192, three sides of the MLP: 576 + 1536
+    assert shape.linear == 2 * 1152 + 2 * 768 + 3 * 2112
+
+
+def test_worker_memory_by_hand():
+    train = config.Train(lora=None, micro_batch_tokens=64, workers=2, zero_stage=2)
+    shape = Shape(parameters=2**28, layers=1, hidden=64, heads=1, vocabulary=1024, linear=0)
+    # float32 weights 1 GiB; Adam's 8 bytes and the gradients' 4 halved over two ranks: 1 + 0.5 GiB; process 1.2
+    activations = (34 * 64 * 64 + 5 * 64**2 / 2) * 2
+    logits = 64 * 1024 * 8
+    assert worker_gib(train, shape) == pytest.approx(1.2 + 1 + 1 + 0.5 + (activations + logits) / 2**30)
+    sharded = worker_gib(train.model_copy(update={"zero_stage": 3}), shape)
+    assert sharded == pytest.approx(worker_gib(train, shape) - 0.5)
+
+
+def test_the_quickstart_fits_on_two_cores():
+    shape = Shape.of(SMOLLM2)
+    assert misfit(load(), plan(load(), shape), [Node(2, 0, 8)], shape) is None
+    assert misfit(load(), plan(load()), [Node(2, 0, 0.9)]) is not None  # processes alone need more
+
+
+TENSOR_PARALLEL = ["generate.pool.gpus=1", "generate.engine.tensor_parallel=4"]
+THREE_ENGINES = ["generate.pool.min_size=3", "generate.pool.max_size=3", "generate.pool.cpus=1"]
+BIG_WORKERS = ["train.workers=3", "train.cpus_per_worker=1.5"]
+
+
+@pytest.mark.parametrize(
+    "overrides, nodes, expected",
+    [
+        (["train.workers=3"], [Node(2, 0, 16)], "train needs 3 CPUs, the cluster has 2: 1 too few.*fits: train.workers=2. Or"),
+        (TENSOR_PARALLEL, [Node(8, 2, 64)], "needs 4 GPUs, the cluster has 2: 2 too few.*No smaller pool fits: add a node with"),
+        (THREE_ENGINES, [Node(2, 0, 16)], "score needs 3.3 CPUs.*; evaluate needs.*max_size=1, generate.pool.min_size=1"),
+        (["train.cpus_per_worker=3"], [Node(2, 0, 16)] * 2, "has worker actors of 3 CPUs.*fits: train.cpus_per_worker=1.5"),
+        (["train.workers=2"], [Node(4, 0, 7.2)], r"GiB of memory, the cluster has 7.2: .*fits: train.workers=1"),
+        (BIG_WORKERS, [Node(2, 0, 16)] * 2, "needs 4.5 CPUs.*train.workers=2"),
+        (["train.cpus_per_worker=1.5"], [Node(1, 0, 9)] * 3, "more than any node has.*worker=0.75"),
+        (BIG_WORKERS, [Node(2.9, 0, 16)] * 2, "does not pack onto the 2 nodes.*train.workers=2"),
+    ],
+)
+def test_a_refusal_names_the_amount_and_the_smallest_change(overrides, nodes, expected):
+    job, shape = load(*overrides), Shape.of(SMOLLM2)
+    found = misfit(job, plan(job, shape), nodes, shape)
+    assert found is not None
+    assert re.search(expected, found), found
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_following_the_advice_fits(seed):
+    rng = random.Random(seed)
+    job = load(f"train.workers={rng.randint(1, 6)}", f"score.pool.min_size={rng.randint(1, 3)}", "score.pool.max_size=3")
+    nodes = [Node(rng.choice([1, 2, 4]), 0, rng.choice([6, 8, 16])) for _ in range(rng.randint(1, 3))]
+    shape = Shape.of(SMOLLM2)
+    for _ in range(5):  # one phase after the other
+        found = misfit(job, plan(job, shape), nodes, shape)
+        if found is None or "No smaller pool" in found:
+            break
+        changes = found.split("fits: ")[1].split(". Or")[0].split(", ")
+        job = load(f"score.pool.max_size={job.score.pool.max_size}", *_settings(job), *changes)
+    assert found is None or "No smaller pool" in found
+
+
+def _settings(job):
+    return [f"train.workers={job.train.workers}", f"score.pool.min_size={job.score.pool.min_size}"]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_what_packs_still_packs_on_more_nodes(seed):
+    rng = random.Random(seed)
+    groups = [Group("p", "o", rng.randint(1, 3), rng.random() * 2, rng.choice([0, 1]), rng.random() * 4) for _ in range(3)]
+    nodes = [Node(rng.randint(1, 4), rng.randint(0, 2), rng.randint(2, 8)) for _ in range(3)]
+    totals = [sum(g.actors * amount for g in groups for amount in [g[3 + i]]) for i in range(3)]
+    if packs(groups, nodes):
+        assert packs(groups, [*nodes, Node(1, 1, 1)])
+        assert all(t <= sum(n[i] for n in nodes) + 1e-6 for i, t in enumerate(totals))
+
+
+def test_bundles_are_those_of_the_largest_phase():
+    job = load("train.workers=4", "train.gpus_per_worker=1")
+    assert bundles(plan(job)) == [{"CPU": 1.0, "GPU": 1.0}] * 4
