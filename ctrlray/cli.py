@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from ctrlray import __version__
-from ctrlray.config import Job, load_job
+from ctrlray.config import Job, load_job, packaged_jobs, setting_names
 from ctrlray.errors import CtrlRayError
 
 _EXAMPLES = {
@@ -44,14 +45,34 @@ def _command(group: click.Group, name: str, text: str, examples: str) -> Callabl
     return wrap
 
 
+def _complete_job(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
+    """Packaged jobs, and files as the shell finds them."""
+    return [CompletionItem(n) for n in sorted(packaged_jobs()) if n.startswith(typed)] + [CompletionItem(typed, type="file")]
+
+
+def _complete_setting(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
+    return [CompletionItem(f"{k}=") for k in setting_names() if k.startswith(typed)]
+
+
+def _complete_run(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
+    from ctrlray import runs
+
+    return [CompletionItem(n) for n in sorted(Path(r.root).name for r in runs.find()) if n.startswith(typed)]
+
+
 def _job_options(function: Any) -> Any:
     for option in (
         click.option(
-            "--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the job file; repeatable."
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="A.B=C",
+            help="Override a setting of the job file; repeatable.",
+            shell_complete=_complete_setting,
         ),
         click.option("--dry-run", is_flag=True, help="Print the resolved job and estimates; start nothing."),
         click.option("--debug", is_flag=True, help="Print the traceback of an error."),
-        click.argument("job", required=False),
+        click.argument("job", required=False, shell_complete=_complete_job),
     ):
         function = option(function)
     return function
@@ -257,6 +278,17 @@ def _schema() -> None:
     click.echo(json.dumps(Job.model_json_schema(), indent=1))
 
 
+_COMPLETION = 'eval "$(ctrlray completion bash)"\nctrlray completion fish > ~/.config/fish/completions/ctrlray.fish'
+
+
+@_command(main, "completion", "Print the completion script of a shell: verbs, jobs, runs and settings.", _COMPLETION)
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def _completion(shell: str) -> None:
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(main, {}, "ctrlray", "_CTRLRAY_COMPLETE").source())
+
+
 @_command(main, "doctor", "Say what this machine has, what it lacks, and what to do about it.", "ctrlray doctor")
 def _doctor() -> None:
     from ctrlray.doctor import checks
@@ -286,7 +318,7 @@ def _runs_list(folder: str | None) -> None:
 
 
 @_command(_runs, "show", "Show what each stage of a run did with its rows.", "ctrlray runs show quickstart")
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_run)
 def _runs_show(name: str) -> None:
     from ctrlray import runs
     from ctrlray.console import accounts
@@ -302,7 +334,7 @@ def _runs_show(name: str) -> None:
 
 
 @_command(_runs, "clean", "Delete what a run's job no longer refers to, or the whole run.", "ctrlray runs clean quickstart")
-@click.argument("name")
+@click.argument("name", shell_complete=_complete_run)
 @click.option("--all", "everything", is_flag=True, help="Delete the whole run.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 def _runs_clean(name: str, everything: bool, yes: bool) -> None:

@@ -459,6 +459,27 @@ class Cluster(Frozen):
     """How long to wait for an autoscaling cluster to grow to what the job needs; 0: what is missing now is refused."""
 
 
+class MLflowTracker(Frozen):
+    """An MLflow tracking server, or a folder of one's own as `file:///path` or `sqlite:///path.db`."""
+
+    type: Literal["mlflow"] = "mlflow"
+    uri: str | None = None
+    """MLFLOW_TRACKING_URI when unset."""
+    experiment: str | None = None
+
+
+class WandBTracker(Frozen):
+    """Weights & Biases. The key comes from WANDB_API_KEY or `wandb login`, never from a job file."""
+
+    type: Literal["wandb"] = "wandb"
+    project: str = "ctrlray"
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+
+
+Tracker = Annotated[MLflowTracker | WandBTracker, Field(discriminator="type")]
+
+
 class Job(Frozen):
     """Everything that a run is made of."""
 
@@ -477,6 +498,8 @@ class Job(Frozen):
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     cluster: Cluster = Cluster()
+    trackers: tuple[Tracker, ...] = ()
+    """Services that curves and results are sent to, beside the TensorBoard files that training writes."""
 
     @field_validator("run_root")
     @classmethod
@@ -566,6 +589,16 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
     for assignment in overrides:
         _assign(raw, assignment)
     return parse(Job, raw, where=str(path))
+
+
+def setting_names(kind: type[Frozen] = Job, path: str = "") -> list[str]:
+    """Dotted names of all settings that one value can be given to: `train.epochs`, `generate.pool.cpus`."""
+    found = []
+    for name, field in kind.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and not isinstance(inner, types.GenericAlias) and issubclass(inner, Frozen)
+        found += setting_names(inner, f"{path}{name}.") if nested else [f"{path}{name}"]  # type: ignore[arg-type]
+    return found
 
 
 def parse(kind: type[T], raw: Mapping[str, Any], *, where: str) -> T:

@@ -27,6 +27,8 @@ class StageLine:
         self._rows = self._total = self._tokens = 0
         self._task: TaskID = console.bars.add_task(name, total=None, note="", rate="")
         self._first_block: float | None = None
+        self._losses = ""
+        self._gap: float | None = None
 
     def total(self, rows: int) -> None:
         """Say how many rows there will be."""
@@ -45,12 +47,20 @@ class StageLine:
 
     def note(self, text: str) -> None:
         """Say what the stage is doing now."""
-        self._first_block, self._tokens = None, 0
+        self._first_block, self._tokens, self._losses = None, 0, ""
         self._console.bars.update(self._task, note=text)
         if text:
             self._speak(text, force=True)
 
+    def measure(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Say what an optimizer step measured: its loss, and the code gap where it was taken."""
+        shown = {"loss": values.get("loss"), "held-out gap": values.get("valid_gap", self._gap)}
+        self._gap = shown["held-out gap"]
+        self._losses = "  ".join(f"{k} {v:.2f}" for k, v in shown.items() if v is not None)
+
     def _rate(self) -> str:
+        if self._losses:
+            return self._losses
         seconds = time.monotonic() - (self._first_block or self._began)
         return f"{self._tokens / seconds:.0f} tokens/s" if self._tokens else ""
 

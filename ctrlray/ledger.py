@@ -21,6 +21,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Say what the stage is doing now."""
 
+    def measure(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Say what an optimizer step of `name` measured."""
+
 
 class Silent:
     """Progress that nobody watches."""
@@ -32,6 +35,9 @@ class Silent:
         """Ignore."""
 
     def note(self, text: str) -> None:
+        """Ignore."""
+
+    def measure(self, name: str, step: int, values: Mapping[str, float]) -> None:
         """Ignore."""
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,13 +38,13 @@ CALIBRATION_PROMPTS = 32
 """Packaged prompts whose hidden states (some 1,500) fix the control tokens' output rows."""
 
 
-def resolve(model: config.Model) -> Path:
-    """Local folder of a model, fetched when needed. Raises ConfigError when it cannot be used."""
+def resolve(model: config.Model, setting: str = "model.name") -> Path:
+    """Local folder of a model, fetched when needed. Raises ConfigError, naming `setting`, when it cannot be used."""
     if model.name == EMBEDDED:
         return pull_embedded()
     path = Path(model.name).expanduser()
     if not path.is_dir():
-        path = _from_hub(model)
+        path = _from_hub(model, setting)
     check_folder(path)
     return path.resolve()
 
@@ -260,19 +261,37 @@ def _packaged_texts() -> list[str]:
     return [json.loads(line)["messages"][0]["content"] for line in lines[:CALIBRATION_PROMPTS]]
 
 
-def _from_hub(model: config.Model) -> Path:
+def _from_hub(model: config.Model, setting: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
+    named = f"{setting}={model.name!r}"
+    token = "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "no token: HF_TOKEN is not set"
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=list(_WEIGHTS)))
     except GatedRepoError as error:
-        raise ConfigError(f"model.name={model.name!r} is gated: accept its licence on the hub, then set HF_TOKEN") from error
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(
-            f"model.name={model.name!r} is neither a folder here nor a model the hub gives: {type(error).__name__}. "
-            "Check the name, the network, and HF_TOKEN for private models."
+            f"{named} is gated and the hub refused ({token}). Accept its licence on the model's page, then set HF_TOKEN to a "
+            "token of that account on every node"
         ) from error
+    except RevisionNotFoundError as error:
+        raise ConfigError(f"{named} has no revision {model.revision!r}; correct it or leave it out") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"{named} is no folder here, and the hub has no such model or it is private ({token}). Correct the name, or set "
+            "HF_TOKEN to a token that may read it"
+        ) from error
+    except HFValidationError as error:
+        raise ConfigError(f"{named} is neither a folder here nor a hub name such as org/model") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ConfigError(f"{named}: the hub fails ({type(error).__name__}). Check the network, or give a folder") from error
 
 
 def _embedded_gguf(scratch: Path) -> Path:

@@ -33,6 +33,7 @@ from ctrlray.lease import Lease
 from ctrlray.ledger import Progress, Silent, StageResult
 from ctrlray.quiet import quiet_libraries
 from ctrlray.tables import Storage
+from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
 _UPSTREAM: Mapping[str, tuple[str, ...]] = {
@@ -180,7 +181,7 @@ class Run:
             case "export":
                 return [job.export.model_dump(), control]
             case _:
-                return [job.model_dump(mode="json"), __version__]
+                return [job.model_dump(mode="json", exclude={"trackers", "cluster"}), __version__]
 
 
 def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str], Progress] = lambda stage: Silent()) -> Run:
@@ -190,15 +191,15 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
     """
     quiet_libraries()
     current = Run(job, tuple(stages))
-    with Lease(current.storage) as lease:
+    with Lease(current.storage) as lease, Trackers(job, _flat(job.model_dump(mode="json"))) as trackers:
         current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
         for stage in stages:
             lease.check()
-            _run_stage(current, stage, progress(stage))
+            _run_stage(current, stage, progress(stage), trackers)
     return current
 
 
-def _run_stage(current: Run, stage: str, progress: Progress) -> None:
+def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers) -> None:
     if current.result(stage) is not None:
         progress.note("finished before, unchanged")
         return
@@ -209,7 +210,7 @@ def _run_stage(current: Run, stage: str, progress: Progress) -> None:
         start_ray(current.job.cluster)
         _await_fit(current.job, progress)
     began = time.time()
-    result = _RUNNERS[stage](current, progress).check(stage)
+    result = _RUNNERS[stage](current, Tracked(progress, trackers, stage)).check(stage)
     record = result.to_dict() | {
         "seconds": round(time.time() - began, 1),
         "started": _stamp(began),
@@ -217,6 +218,9 @@ def _run_stage(current: Run, stage: str, progress: Progress) -> None:
     }
     current.out(stage).write_json(record, "result.json")
     _write_manifest(current)
+    trackers.log(stage_numbers(stage, record))
+    if stage == "evaluate":
+        trackers.log(control_numbers(current.out(stage).read_json("metrics.json")))
 
 
 def finished_answers(job: config.Job, progress: Callable[[str], Progress] = lambda stage: Silent()) -> list[Answer]:

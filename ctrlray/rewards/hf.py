@@ -21,7 +21,8 @@ class HFScorer:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         folder = models.resolve(
-            config.Model(name=reward.model, revision=reward.revision, trust_remote_code=reward.trust_remote_code)
+            config.Model(name=reward.model, revision=reward.revision, trust_remote_code=reward.trust_remote_code),
+            "rewards.model",
         )
         self.attributes = reward.attributes
         self._batch_size, self._max_tokens = reward.batch_size, reward.max_tokens

@@ -192,6 +192,9 @@ class _Muted:
     def advance(self, rows: int, tokens: int = 0) -> None:
         """Ignore."""
 
+    def measure(self, name: str, step: int, values: Mapping[str, float]) -> None:
+        """Ignore."""
+
     def note(self, text: str) -> None:
         """Pass on."""
         self._progress.note(text or "scoring")

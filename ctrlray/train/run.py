@@ -54,14 +54,14 @@ def run(
                 key=key,
             )
             patience = Patience("train", job.cluster.stall_timeout_s, partial(_waits_for, place, job.train))
-            _watched(partial(_fit, task, name, out), place, progress, patience)
+            _watched(objective.type, partial(_fit, task, name, out), place, progress, patience)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {"steps": len(curves), "seconds": round(sum(p["seconds"] for p in curves), 1)}
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
 
 
-def _watched(call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
+def _watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
     """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
     running, seen, moved = Background(call), 0, time.monotonic()
     while not running.over(_POLL_S):
@@ -69,6 +69,9 @@ def _watched(call: Callable[[], None], place: Storage, progress: Progress, patie
             now = place.read_json("progress.json")
             progress.total(now["steps"])
             if now["step"] != seen:  # fewer than before when a failed worker went back to its checkpoint
+                for point in now["recent"]:
+                    if point["step"] > seen:
+                        progress.measure(name, int(point["step"]), point)
                 progress.advance(now["step"] - seen)
                 seen, moved = now["step"], time.monotonic()
         if time.monotonic() - moved > patience.timeout_s:

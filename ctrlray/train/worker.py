@@ -17,6 +17,8 @@ from ctrlray.control import ControlSpace
 from ctrlray.models import PreparedBase
 from ctrlray.tables import Storage, from_rows
 
+_RECENT_STEPS = 100
+
 
 @dataclass(frozen=True)
 class TrainTask:
@@ -101,8 +103,6 @@ class _Loop:
         start = self._resume()
         for step in range(start, len(self.steps)):
             point = self._step(step)
-            if self.rank == 0:
-                self.task.out.write_json({"step": step + 1, "steps": len(self.steps), "tokens": point["tokens"]}, "progress.json")
             last = step == len(self.steps) - 1
             if (step + 1) % self.task.settings.eval_every == 0 or last:
                 gaps = self._code_gaps(None if last else self.task.settings.eval_examples)
@@ -111,9 +111,17 @@ class _Loop:
                     wrong = sum(g["nll_wrong"] for g in gaps) / len(gaps)
                     point |= {"valid_nll": right, "valid_gap": wrong - right}
                 self.curves.append(point)
+                self._note()
                 self._report(point, gaps if last else None)
             else:
                 self.curves.append(point)
+                self._note()
+
+    def _note(self) -> None:
+        """Say where training is, for the driver to show; the driver looks once a second and sees every step."""
+        if self.rank == 0:
+            recent = self.curves[-_RECENT_STEPS:]
+            self.task.out.write_json({"step": len(self.curves), "steps": len(self.steps), "recent": recent}, "progress.json")
 
     def _step(self, step: int) -> dict[str, float]:
         from ctrlray.train.batches import collate, shard, tree_rows
