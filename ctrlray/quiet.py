@@ -65,5 +65,6 @@ def quiet_ray() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.raise_original_map_exception = True  # an actor's own error reaches the user, not one that wraps it
     for name in _NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+# for the S3 server that tests start; Ray's workers inherit them
+os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")
+os.environ.setdefault("AWS_SECRET_ACCESS_KEY", "testing")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
@@ -27,6 +30,21 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     os.environ.pop("XDG_CACHE_HOME")
     if before is not None:
         os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[str]:
+    """`s3://runs/{}?...` of an S3 server in this process."""
+    from moto.server import ThreadedMotoServer
+    from pyarrow import fs
+
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    where = {"endpoint_override": f"{host}:{port}", "scheme": "http", "region": "us-east-1"}
+    fs.S3FileSystem(allow_bucket_creation=True, **where).create_dir("runs")
+    yield "s3://runs/{}?allow_bucket_creation=true&" + "&".join(f"{k}={v}" for k, v in where.items())
+    server.stop()
 
 
 @pytest.fixture(scope="session")

@@ -75,3 +75,8 @@ def deadly_reward(prompts: list[Any], responses: list[str]) -> list[float]:
     if "kill" in responses:
         os._exit(1)
     return [float(len(r)) for r in responses]
+
+
+def three_rewards(prompts: list[Any], responses: list[str]) -> dict[str, list[float]]:
+    """Three outputs of texts alone."""
+    return length_reward(prompts, responses) | {"vowels": [float(sum(r.lower().count(v) for v in "aeiou")) for r in responses]}

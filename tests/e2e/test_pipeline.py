@@ -10,6 +10,7 @@ import pytest
 from ctrlray import config, models, pipeline, schema
 from ctrlray.control import ControlSpace
 from ctrlray.tables import Storage
+from tests.e2e.tiny_job import tiny_job
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
@@ -17,33 +18,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 @pytest.fixture(scope="module")
 def job(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
-    raw = {
-        "name": "tiny",
-        "run_root": str(root),
-        "model": {"name": str(tiny), "max_context": 512, "dtype": "float32"},
-        "control": {"attributes": [{"name": "brevity", "levels": 2}, {"name": "variety", "levels": 2}]},
-        "rewards": [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity", "variety"]}],
-        "prompts": {"train": 8, "eval": 3},
-        "generate": {
-            "samples": 4,
-            "batch_size": 16,
-            "sampling": {"max_tokens": 12, "temperature": 1.0},
-            "behaviours": [{"name": "plain"}, {"name": "sorry", "system": "Decline.", "prefix": "Sorry, no."}],
-        },
-        "distill": {"strategy": "none", "keep_truncated": True, "valid_fraction": 0.25, "max_examples": 32},
-        "train": {
-            "objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}],
-            "workers": 2,
-            "zero_stage": 2,
-            "epochs": 2,
-            "batch_size": 8,
-            "eval_every": 2,
-            "lora": {"rank": 4},
-        },
-        "evaluate": {"sampling": {"max_tokens": 12, "temperature": 0.0}, "bootstrap": 100},
+    changes = {
+        "train.objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}],
+        "train.workers": 2,
+        "train.zero_stage": 2,
         "export": {"levels": {"variety": [2, 2]}, "defaults": {"brevity": 1}, "dtype": "float32"},
     }
-    return config.parse(config.Job, raw, where="test")
+    return config.parse(config.Job, tiny_job(tiny, root, changes), where="test")
 
 
 @pytest.fixture(scope="module")

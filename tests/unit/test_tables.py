@@ -76,26 +76,8 @@ def test_ids_by_hand():
     assert schema.prompt_id(one) != schema.prompt_id([{"role": "system", "content": "a"}])
 
 
-@pytest.fixture(scope="module")
-def bucket():
-    """The URI of a bucket on an in-process S3 server."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        options = f"scheme=http&endpoint_override={host}:{port}&allow_bucket_creation=true&region=us-east-1"
-        S3 = pa.fs.S3FileSystem
-        S3(endpoint_override=f"{host}:{port}", scheme="http", allow_bucket_creation=True, region="us-east-1").create_dir("runs")
-        yield f"s3://runs/one?{options}"
-    server.stop()
-
-
 def test_an_object_store_behaves_like_a_folder(bucket):
-    run = Storage(bucket)
+    run = Storage(bucket.format("tables"))
     out = run.sub("score", "key")
     shape = schema.scores(["x"])
     assert not out.exists() and out.names("scores") == [] and run.folders() == []
