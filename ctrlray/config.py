@@ -506,6 +506,8 @@ class Job(Frozen):
     def _absolute(cls, value: str | None) -> str | None:
         if value is not None and "://" not in value and not Path(value).expanduser().is_absolute():
             raise ValueError(f"run_root={value!r} is relative; give an absolute path or a URI such as s3://bucket/run")
+        if value is not None and re.match(r"\w+://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
+            raise ValueError("run_root holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, ...) instead")
         return value
 
     @model_validator(mode="after")

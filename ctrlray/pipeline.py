@@ -323,6 +323,8 @@ def _distill(current: Run, progress: Progress) -> StageResult:
     progress.total(scores.num_rows)
     result = distill.run(current.prompts("train"), responses, scores, current.job, current.out("distill"))
     progress.advance(scores.num_rows)
+    for warning in result.facts["warnings"]:
+        progress.note(f"warning: {warning}")
     return result
 
 

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from ctrlray import config, schema
 from ctrlray.cli import _root_cause, main
 from ctrlray.errors import StorageError
-from ctrlray.ledger import Silent
 from ctrlray.lease import Lease
+from ctrlray.ledger import Silent
 from ctrlray.stages import score
 from ctrlray.tables import Storage
 

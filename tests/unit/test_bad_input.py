@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 
 import pytest
 
@@ -11,6 +12,7 @@ from ctrlray import config, models, schema
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.ledger import Silent
 from ctrlray.pipeline import _flat
+from ctrlray.rewards.registry import build
 from ctrlray.stages import prompts
 from ctrlray.tables import Storage
 
@@ -84,13 +86,31 @@ def test_invalid_utf8_is_kept_readable(tmp_path):
 
 
 def test_pickle_only_checkpoints_are_refused(tiny, tmp_path):
-    import shutil
-
     folder = tmp_path / "m"
     shutil.copytree(tiny, folder)
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(ConfigError, match="safetensors"):
         models.resolve(config.Model(name=str(folder)))
+
+
+def test_a_folder_without_a_tokenizer(tiny, tmp_path):
+    folder = tmp_path / "m"
+    shutil.copytree(tiny, folder)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ConfigError, match="no tokenizer files; save the tokenizer into the same folder"):
+        models.resolve(config.Model(name=str(folder)))
+
+
+def test_heads_of_another_model(tiny, private_cache):
+    with pytest.raises(ConfigError, match=r"were made for the model with fingerprint \w+, .*" + models.fingerprint(tiny)):
+        build(config.EmbeddedReward(model=str(tiny)))
+
+
+def test_credentials_in_the_run_root_are_refused_and_not_repeated():
+    with pytest.raises(ConfigError, match="holds credentials; give them by the environment") as caught:
+        config.load_job("quickstart", ["run_root=s3://key:hunter2@bucket/run"])
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize("levels", [1, 11])
