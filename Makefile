@@ -10,7 +10,7 @@ TORCH := --torch-backend cpu
 endif
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart smoke test unit lint format setup requirements clean
+.PHONY: quickstart smoke test soak unit lint format setup requirements clean
 
 quickstart: .venv/.ready
 	$(BIN)/ctrlray pipeline
@@ -31,7 +31,10 @@ unit: .venv/.ready
 	$(BIN)/python -m pytest
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -m "not gpu" --durations=15
+	$(BIN)/python -m pytest -m "not gpu and not soak" --durations=15
+
+soak: .venv/.ready
+	$(BIN)/python -m pytest -m soak --durations=0
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
