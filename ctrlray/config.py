@@ -89,7 +89,7 @@ class Pool(Frozen):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs that one actor reserves in Ray; co-located pools take fractions."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
-    max_restarts: Annotated[int, Field(ge=0, le=100)] = 6
+    max_restarts: Annotated[int, Field(ge=0, le=100)] = 10
     """How often a dead actor is started anew before the stage fails."""
 
     @model_validator(mode="after")

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 SPLIT = 8
 """A group that ended its process is cut into so many."""
 
 
-def plan(rows: Sequence[int], died: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
-    """Groups to work on after the groups `died` ended their process, and the rows to leave out.
+LONE_DEATHS = 2
+"""A row that was alone when its process ended is tried once more: a node that is taken away is no row's fault."""
 
-    Every row goes into a group an eighth the size of the smallest group that died with it; a row that died alone is out.
+
+def plan(rows: Sequence[int], died: Sequence[Sequence[int]]) -> tuple[list[list[int]], list[int]]:
+    """Groups to work on after the groups `died` ended their process, once for each time, and the rows to leave out.
+
+    Every row goes into a group an eighth the size of the smallest group that died with it; a row that died alone twice is out.
     """
     smallest: dict[int, list[int]] = {}
     for group in sorted(died, key=len, reverse=True):
         smallest |= {row: list(group) for row in group}
-    killers = [r for r in rows if len(smallest.get(r, ())) == 1]
+    alone = Counter(group[0] for group in died if len(group) == 1)
+    killers = [r for r in rows if alone[r] >= LONE_DEATHS]
     together: dict[tuple[int, ...], list[int]] = {}
     for row in rows:
         if row not in killers:

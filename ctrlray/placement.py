@@ -111,20 +111,21 @@ def worker_gib(train: config.Train, shape: Shape | None, dtype: str = "auto") ->
 
     Weights, gradients and Adam's moments of what trains (sharded by ZeRO: optimizer from stage 1, gradients from 2, weights
     from 3), activations of one micro batch without checkpointing (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1: per
-    block 34 bytes per token and channel plus 5 bytes per attention weight, at 2 bytes a value), and the answers' logits.
+    block 34 bytes per token and channel plus 5 bytes per attention weight, at 2 bytes a value; the micro batch counts as one
+    row), and the answers' logits: an upper bound, since fused attention keeps no weights.
     """
     if shape is None:
         return 0.0
+    if train.gpus_per_worker:  # all of it lies on the GPU; the host holds the weights once, while they load
+        return WORKER_PROCESS_GIB + shape.parameters * 2 / _GIB
     wide = BYTES[_widest(dtype)] if train.lora else 4
     trained = shape.layers * shape.linear * train.lora.rank if train.lora else shape.parameters
     ranks, stage = train.workers, train.zero_stage
     weights = shape.parameters * wide / (ranks if stage == 3 else 1)
     masters = MASTER_BYTES if train.lora else 0  # full fine-tuning trains the float32 weights themselves
     states = trained * (ADAM_BYTES / (ranks if stage else 1) + GRADIENT_BYTES / (ranks if stage > 1 else 1) + masters)
-    if train.gpus_per_worker:  # on the GPU; the host holds the weights once, while they load
-        return WORKER_PROCESS_GIB + shape.parameters * 2 / _GIB
     tokens = train.micro_batch_tokens
-    activations = shape.layers * (34 * tokens * shape.hidden + 5 * shape.heads * tokens**2 / 2) * wide / 2
+    activations = shape.layers * (34 * tokens * shape.hidden + 5 * shape.heads * tokens**2) * wide / 2
     logits = tokens * shape.vocabulary * (wide + 4)
     return WORKER_PROCESS_GIB + (weights + states + activations + logits) / _GIB
 

@@ -84,6 +84,7 @@ class EnginePool:
         answers: list[Completion | None] = [None] * len(prompts)
         idle = list(range(len(self._engines)))
         running: dict[Any, tuple[list[int], int]] = {}
+        died: list[list[int]] = []
         while waiting or running:
             while waiting and idle:
                 batch, engine = waiting.pop(0), idle.pop()
@@ -101,15 +102,17 @@ class EnginePool:
             try:
                 made = ray.get(done[0])
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                waiting[:0] = self._replace(engine, batch, error)
+                self._replace(engine, error)
+                died.append(batch)
+                waiting[:0] = plan(batch, died)[0]
                 continue
             for i, completion in zip(batch, made, strict=True):
                 answers[i] = completion
             progress(len(batch), sum(len(c.token_ids) for c in made))
         return answers
 
-    def _replace(self, index: int, batch: list[int], error: Exception) -> list[list[int]]:
-        """A new engine in a dead one's place; returns the batches to try again, none when the row was alone."""
+    def _replace(self, index: int, error: Exception) -> None:
+        """A new engine in a dead one's place, with the current weights."""
         self._restarts += 1
         if self._restarts > self._pool.max_restarts:
             raise ClusterError(
@@ -121,8 +124,6 @@ class EnginePool:
         self._await_start([self._engines[index]])
         if self._folder is not None:
             ray.get(self._engines[index].load_weights.remote(self._folder, self.weights_version))
-        groups, _ = plan(batch, [batch])
-        return groups
 
     def _await_start(self, engines: Sequence[Any]) -> None:
         waiting = [e.ready.remote() for e in engines]

@@ -1,6 +1,6 @@
 """What an actor was working on when its process died, so that a row which kills processes is found and set aside.
 
-    batch of 96 ─► dies ─► restarted: groups of 12 ─► one dies ─► groups of 1 ─► one dies ─► that row is quarantined
+    batch of 96 ─► dies ─► restarted: groups of 12 ─► one dies ─► groups of 1 ─► one dies, twice ─► that row is quarantined
 
 A note of each group is written before work on it begins and erased when it is done. Notes that are left when the same
 batch comes again (Ray retries it on the restarted actor) are groups that ended their process.
@@ -49,12 +49,15 @@ class Journal:
         batch = digest(list(ids))
         left = self._notes(batch)
         kept = set(done()) if left else set()
-        groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], [n["rows"] for n in left])
+        died = [n["rows"] for n in left for _ in range(n["deaths"])]
+        groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], died)
         words = {n["rows"][0]: n["error"] for n in left if len(n["rows"]) == 1}
         results = []
         for group in groups:
             name = f"{group[0]:06d}-{len(group):06d}.json"
-            note = {"rows": group, "first": ids[group[0]], "process": f"{socket.gethostname()}:{os.getpid()}", "error": ""}
+            deaths = 1 + max((n["deaths"] for n in left if n["rows"] == group), default=0)  # if this one ends its process too
+            who = f"{socket.gethostname()}:{os.getpid()}"
+            note = {"rows": group, "first": ids[group[0]], "process": who, "deaths": deaths, "error": ""}
             self._out.write_json(note | {"since": _now()}, batch, name)
             self._current = (batch, name, note)
             try:
@@ -73,7 +76,7 @@ class Journal:
         os._exit(1)
 
     def in_flight(self) -> list[dict[str, Any]]:
-        """All notes, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `error`."""
+        """All notes, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `deaths`, `error`."""
         found = [n for batch in self._out.folders() for n in self._notes(batch)]
         return sorted(found, key=lambda n: str(n["since"]))
 

@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 
@@ -99,7 +100,7 @@ def whole(tiny, private_cache, tmp_path_factory):
     return pipeline.Run(config.load_job(job))
 
 
-@pytest.mark.parametrize("seed", [0])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.soak) for s in range(1, 6))])
 def test_killed_at_three_random_moments(whole, tiny, tmp_path, seed):
     rng, root = random.Random(seed), tmp_path / "run"
     job = write_job(tmp_path, tiny, root)
@@ -117,6 +118,29 @@ def test_killed_at_three_random_moments(whole, tiny, tmp_path, seed):
     for stage in pipeline.STAGES:
         result = run.result(stage)
         assert result["rows_in"] == result["rows_out"] + sum(result["dropped"].values()) + sum(result["quarantined"].values())
+
+
+ACTORS = {"generate": "GenerateBatch", "score": "ScoreBatch", "train": "RayTrainWorker", "evaluate": "EngineHost"}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("stage", ACTORS)
+def test_a_killed_actor_is_replaced_and_the_run_finishes_by_itself(whole, tiny, tmp_path, stage):
+    root = tmp_path / "run"
+    for done in pipeline.STAGES[: pipeline.STAGES.index(stage)]:
+        shutil.copytree(Path(whole.storage.path()) / done, root / done)
+    job = write_job(tmp_path, tiny, root, SMALL_BLOCKS | {"evaluate.batch_size": 8})
+    process = start(job)
+    found: list[psutil.Process] = []
+    while not found:
+        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+        time.sleep(0.02)
+        started = psutil.Process(process.pid).children(recursive=True)
+        found = [p for p in started if p.is_running() and "ray::" in p.name() and ACTORS[stage] in " ".join(p.cmdline())]
+    time.sleep(random.Random(stage).uniform(0, 8))
+    found[0].kill()
+    assert process.wait(timeout=600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    assert ids(pipeline.Run(config.load_job(job))) == ids(whole)
 
 
 def test_stages_after_scoring_are_byte_identical(whole, tiny, tmp_path):

@@ -35,7 +35,7 @@ def test_worker_memory_by_hand():
     train = config.Train(lora=None, micro_batch_tokens=64, workers=2, zero_stage=2)
     shape = Shape(parameters=2**28, layers=1, hidden=64, heads=1, vocabulary=1024, linear=0)
     # float32 weights 1 GiB; Adam's 8 bytes and the gradients' 4 halved over two ranks: 1 + 0.5 GiB; process 1.2
-    activations = (34 * 64 * 64 + 5 * 64**2 / 2) * 2
+    activations = (34 * 64 * 64 + 5 * 64**2) * 2
     logits = 64 * 1024 * 8
     assert worker_gib(train, shape) == pytest.approx(1.2 + 1 + 1 + 0.5 + (activations + logits) / 2**30)
     sharded = worker_gib(train.model_copy(update={"zero_stage": 3}), shape)
