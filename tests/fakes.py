@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +81,23 @@ def deadly_reward(prompts: list[Any], responses: list[str]) -> list[float]:
 def three_rewards(prompts: list[Any], responses: list[str]) -> dict[str, list[float]]:
     """Three outputs of texts alone."""
     return length_reward(prompts, responses) | {"vowels": [float(sum(r.lower().count(v) for v in "aeiou")) for r in responses]}
+
+
+def stuck_reward(prompts: list[Any], responses: list[str]) -> list[float]:
+    """Takes longer than anybody waits for one answer; not for ever, so that a test session's actors come free again."""
+    if "stuck" in responses:
+        time.sleep(30)
+    return [float(len(r)) for r in responses]
+
+
+class StuckHost:
+    """An engine host that starts and then never answers."""
+
+    def __init__(self, spec: Any) -> None:
+        self.spec = spec
+
+    def ready(self) -> int:
+        return 1
+
+    def generate(self, prompts: Any, sampling: Any) -> None:
+        time.sleep(3600)
