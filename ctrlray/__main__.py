@@ -1,5 +1,5 @@
 """`python -m ctrlray`."""
 
-from ctrlray.cli import main
+from ctrlray.cli import entry
 
-main(prog_name="ctrlray")
+entry()

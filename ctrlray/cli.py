@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 import traceback
@@ -76,6 +77,26 @@ def _job_options(function: Any) -> Any:
     ):
         function = option(function)
     return function
+
+
+def entry() -> None:
+    """The console script. Once Ray was used, the process ends here and now.
+
+    A thread that still waits on Ray, after Ctrl-C or a stalled stage, would hold the exit up or change its code.
+    """
+    try:
+        main(prog_name="ctrlray")
+    except SystemExit as leaving:
+        ray = sys.modules.get("ray")
+        if ray is None or not ray.is_initialized():
+            raise
+        from ctrlray.quiet import silenced_stderr
+
+        with silenced_stderr(), contextlib.suppress(Exception, KeyboardInterrupt):
+            ray.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

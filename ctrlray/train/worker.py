@@ -42,6 +42,9 @@ def train_loop(raw: dict[str, Any]) -> None:
     task: TrainTask = raw["task"]
     if not torch.cuda.is_available():
         _use_all_cores(task.settings)
+        # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     torch.manual_seed(task.seed)
     loop = _Loop(task)
     loop.run()
