@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.slow  # each starts clusters of its own
 ROOT = Path(__file__).parent.parent.parent
 
 
