@@ -33,8 +33,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         """Take the lease."""
-        holder = self._read()
-        if holder is not None and alive(holder):
+        if (holder := holder_of(self._storage)) is not None:
             raise _held(self._storage, holder)
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
@@ -45,7 +44,7 @@ class Lease:
         """Give it back."""
         self._over.set()
         self._thread.join()
-        holder = self._read()
+        holder = _noted(self._storage)
         if holder is not None and holder["id"] == self._id:
             self._storage.remove(FILE)
 
@@ -57,7 +56,7 @@ class Lease:
     def _renew(self) -> None:
         while not self._over.wait(RENEW_S):
             try:
-                holder = self._read()
+                holder = _noted(self._storage)
                 if holder is None or holder["id"] == self._id:
                     self._write()
                 else:
@@ -66,9 +65,6 @@ class Lease:
             except (CtrlRayError, OSError):  # a full disk or a lost connection: the run itself will meet it and say so
                 continue
 
-    def _read(self) -> dict[str, Any] | None:
-        return dict(self._storage.read_json(FILE)) if self._storage.exists(FILE) else None
-
     def _write(self) -> None:
         mine = {"id": self._id, "machine": machine(), "host": socket.gethostname(), "pid": os.getpid(), "renewed": time.time()}
         self._storage.write_json(mine, FILE)
@@ -76,22 +72,24 @@ class Lease:
 
 def holder_of(storage: Storage) -> dict[str, Any] | None:
     """The live run in a run root: `host`, `pid`, `renewed`; None when there is none."""
-    found = dict(storage.read_json(FILE)) if storage.exists(FILE) else None
+    found = _noted(storage)
     return found if found and alive(found) else None
+
+
+def _noted(storage: Storage) -> dict[str, Any] | None:
+    return dict(storage.read_json(FILE)) if storage.exists(FILE) else None
 
 
 def alive(holder: dict[str, Any]) -> bool:
     """Whether the process that took a lease still runs."""
     if holder["machine"] != machine():
         return bool(time.time() - holder["renewed"] < STALE_S)
-    if holder["pid"] == os.getpid():
-        return True
     try:
         os.kill(int(holder["pid"]), 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # somebody else's, and there
+        pass
     return True
 
 

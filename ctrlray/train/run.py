@@ -64,7 +64,9 @@ def run(
 def _watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
     """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
     running, seen, moved = Background(call), 0, time.monotonic()
-    while not running.over(_POLL_S):
+    over = False
+    while not over:
+        over = running.over(_POLL_S)  # the last steps are read after the end
         if place.exists("progress.json"):
             now = place.read_json("progress.json")
             progress.total(now["steps"])
@@ -74,7 +76,7 @@ def _watched(name: str, call: Callable[[], None], place: Storage, progress: Prog
                         progress.measure(name, int(point["step"]), point)
                 progress.advance(now["step"] - seen)
                 seen, moved = now["step"], time.monotonic()
-        if time.monotonic() - moved > patience.timeout_s:
+        if not over and time.monotonic() - moved > patience.timeout_s:
             raise patience.over()
 
 
