@@ -33,8 +33,7 @@ class Lease:
 
     def __enter__(self) -> Lease:
         """Take the lease."""
-        if (holder := holder_of(self._storage)) is not None:
-            raise _held(self._storage, holder)
+        require_free(self._storage)
         self._write()
         self._thread = threading.Thread(target=self._renew, daemon=True)
         self._thread.start()
@@ -74,6 +73,12 @@ def holder_of(storage: Storage) -> dict[str, Any] | None:
     """The live run in a run root: `host`, `pid`, `renewed`; None when there is none."""
     found = _noted(storage)
     return found if found and alive(found) else None
+
+
+def require_free(storage: Storage) -> None:
+    """Raise ConfigError when a live run writes to that root."""
+    if (holder := holder_of(storage)) is not None:
+        raise _held(storage, holder)
 
 
 def _noted(storage: Storage) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ctrlray import config
 from ctrlray.errors import ConfigError
+from ctrlray.lease import require_free
 from ctrlray.pipeline import STAGES, Run
 from ctrlray.tables import Storage
 
@@ -59,7 +60,11 @@ def stale(storage: Storage) -> list[tuple[str, str]]:
 
 
 def clean(storage: Storage, everything: bool = False) -> int:
-    """Delete outputs that are `stale`, or the whole run; returns the bytes that were freed."""
+    """Delete outputs that are `stale`, or the whole run; returns the bytes that were freed.
+
+    Raises ConfigError while a live run writes there.
+    """
+    require_free(storage)
     if everything:
         freed = storage.size()
         storage.delete()

@@ -9,6 +9,7 @@ from click.testing import CliRunner
 from ctrlray import config, doctor, models, pipeline, runs
 from ctrlray.cli import main
 from ctrlray.errors import ConfigError
+from ctrlray.lease import Lease
 from ctrlray.tables import Storage
 
 
@@ -45,6 +46,16 @@ def test_clean_deletes_only_what_the_job_left_behind(home):
     assert storage.folders("prompts") == [current] and storage.exists("prompts", current, "result.json")
     assert "nothing to delete" in verb("runs", "clean", "smoke", "--yes").output
     assert verb("runs", "clean", "smoke", "--all", "--yes").exit_code == 0 and runs.find() == []
+
+
+@pytest.mark.parametrize("everything", [[], ["--all"]])
+def test_clean_refuses_a_run_that_is_live(home, everything):
+    storage = runs.locate("smoke")
+    with Lease(storage):
+        refused = verb("runs", "clean", "smoke", "--yes", *everything)
+        assert refused.exit_code == 2 and "another run is writing to" in refused.output
+        assert len(storage.folders("prompts")) == 2
+    assert verb("runs", "clean", "smoke", "--yes", *everything).exit_code == 0
 
 
 def test_unknown_run_is_named_beside_the_known(home):
