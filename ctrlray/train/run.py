@@ -15,13 +15,14 @@ import ray
 
 from ctrlray import config, models
 from ctrlray.control import ControlSpace
-from ctrlray.errors import ClusterError, DataError
+from ctrlray.errors import DataError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.models import PreparedBase
 from ctrlray.patience import Background, Patience
 from ctrlray.placement import CONTROLLER_CPUS
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
+from ctrlray.train.launch import launch
 from ctrlray.train.worker import TrainTask, train_loop, valid_and_train_counts
 
 _POLL_S = 1.0
@@ -90,34 +91,7 @@ def _waits_for(place: Storage, settings: config.Train) -> str:
 
 
 def _fit(task: TrainTask, name: str, out: Storage) -> None:
-    """One TorchTrainer run. Its name holds the stage's key, because Ray Train silently resumes what it finds under a name."""
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    s = task.settings
-    gpu = s.gpus_per_worker > 0
-    worker_env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
-    trainer = TorchTrainer(
-        train_loop,
-        train_loop_config={"task": task},
-        scaling_config=ScalingConfig(
-            num_workers=s.workers,
-            use_gpu=gpu,
-            resources_per_worker={"CPU": s.cpus_per_worker} | ({"GPU": s.gpus_per_worker} if gpu else {}),
-        ),
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        run_config=RunConfig(
-            name=name,
-            storage_path=out.path("ray_train"),
-            storage_filesystem=out.filesystem,
-            failure_config=FailureConfig(max_failures=s.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=1),
-            worker_runtime_env={"env_vars": worker_env},
-        ),
-    )
-    result = trainer.fit()
-    if result.error is not None:
-        raise ClusterError(f"train: {task.objective.type} failed {s.max_failures + 1} times: {result.error}") from result.error
+    launch(train_loop, {"task": task}, task.settings, name, out, what=f"train: {task.objective.type}")
 
 
 def _merge_task(base: str, adapter: Storage, out: str, dtype: str | None) -> str:

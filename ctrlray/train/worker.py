@@ -65,7 +65,7 @@ class _Loop:
         import torch
 
         from ctrlray.train.engine import Trainer
-        from ctrlray.train.models import load_learner
+        from ctrlray.train.models import load_learner, parameter_groups
 
         self.task = task
         context = ray.train.get_context()
@@ -79,7 +79,7 @@ class _Loop:
             task.dtype,
             "cuda" if gpu else "cpu",
         )
-        self.trainer = Trainer(learner, task.settings, gpu=gpu)
+        self.trainer = Trainer(learner, parameter_groups(learner, task.settings), task.settings, gpu=gpu)
         self.curves: list[dict[str, float]] = []
         self._load_examples()
 
@@ -173,7 +173,7 @@ class _Loop:
             else []
         ):
             batch = collate(micro, self.pad_id)
-            nll = -self.trainer.mean_logp(batch)
+            nll = -self.trainer.measure(batch)
             found += list(zip(batch.example_N.tolist(), batch.right_N.tolist(), nll.tolist(), strict=True))
         shares: list[Any] = [None] * self.ranks
         dist.all_gather_object(shares, found)
