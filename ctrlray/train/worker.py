@@ -74,7 +74,7 @@ class _Loop:
         learner = load_learner(
             task.base.folder,
             task.objective,
-            task.settings.lora,
+            task.settings,
             task.base.control_ids,
             task.dtype,
             "cuda" if gpu else "cpu",
