@@ -25,7 +25,9 @@ TreePath = Literal["segments", "flex", "separate"]
 IMPLEMENTATIONS = {"segments": "ctrlray_segments", "flex": "flex_attention"}
 """What transformers calls them."""
 BLOCK = 128
-"""FlexAttention works on blocks of so many tokens; packed rows are filled up to a multiple."""
+"""FlexAttention works on blocks of so many tokens."""
+MULTIPLES = {"segments": 32, "flex": BLOCK}
+"""Packed rows are filled up to one. On a CPU because kernels and freed memory are kept by size: few sizes, much less of both."""
 _TOLERATED = 0.2
 """A path may move hidden states by this share of what another prompt moves them by; bfloat16 alone moves some percent."""
 
@@ -192,7 +194,7 @@ def segment_attention(
 
 def owners(spans_K4: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """Of every position: the number of its segment, and that of its prefix (-1 for a prompt's tokens). Shapes [S], [S]."""
-    start, stop, first, last = spans_K4.unbind(1)
+    start, stop, first, last = spans_K4.T.contiguous()
     number = torch.arange(len(spans_K4), device=spans_K4.device)
     segment_S = torch.repeat_interleave(number, stop - start, output_size=length)
     prefix_K = torch.where(last > first, torch.searchsorted(start, first), -1)
@@ -271,7 +273,7 @@ def _probe(network: Any, path: TreePath) -> tuple[Tensor, Tensor, Tensor]:
         for n in (_PROBE_PROMPT, _PROBE_PROMPT, *_PROBE_BRANCHES)
     )
     rows = [TreeRow(tuple(prompt.tolist()), tuple(Branch((), tuple(b.tolist()), True, 1.0, 0) for b in branches))]
-    batch = collate(rows, 0, multiple=BLOCK if path == "flex" else 1)
+    batch = collate(rows, 0, multiple=MULTIPLES[path])
     before = network.config._attn_implementation
     network.set_attn_implementation(IMPLEMENTATIONS[path])
     packed = (batch.input_ids_RS[0], batch.position_ids_RS[0], batch.spans_K4)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_VALUES = 2**23
-"""Logits that exist at once."""
+from ctrlray.placement import LOGITS_AT_ONCE
 
 
 class Head(NamedTuple):
@@ -45,7 +44,7 @@ def target_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     row of size D, and a loss may combine log-probs as it likes. A head that trains computes its chunks again instead.
     """
     if any(p.requires_grad for p in head.layer.parameters()):
-        rows = max(16, CHUNK_VALUES // head.layer.out_features)
+        rows = max(16, LOGITS_AT_ONCE // head.layer.out_features)
         pieces = zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True)
         return torch.cat([checkpoint(_plain_logp, head, h, t, use_reentrant=False) for h, t in pieces])
     with whole(head.layer):
@@ -64,7 +63,7 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_ND.requires_grad
         weight, bias = head.layer.weight, head.layer.bias
-        rows = max(16, CHUNK_VALUES // len(weight))
+        rows = max(16, LOGITS_AT_ONCE // len(weight))
         logp_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         jacobian_ND = torch.empty_like(hidden_ND) if wanted else None
         for start in range(0, len(target_N), rows):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ctrlray import config
 from ctrlray.objectives.losses import Loss, clm, exmate, sequence_mean
-from ctrlray.train.attention import BLOCK, TreePath, choose_path, run_packed
+from ctrlray.train.attention import MULTIPLES, TreePath, choose_path, run_packed
 from ctrlray.train.batches import Batch, TreeRow, collate
 from ctrlray.train.logprobs import Head, target_logp
 
@@ -69,7 +69,7 @@ class Learner(nn.Module):
 
     def collated(self, rows: Sequence[TreeRow], pad_id: int) -> Batch:
         """A micro batch in the layout that this network's attention reads."""
-        return collate(rows, pad_id, packed=self.shares, multiple=BLOCK if self.path == "flex" else 1)
+        return collate(rows, pad_id, packed=self.shares, multiple=MULTIPLES.get(self.path, 1))
 
     def forward(self, batch: Batch, num_tokens: float = 0.0, num_wrong: float = 0.0) -> Loss | Tensor:
         """The loss of a micro batch; with `num_tokens=0` the answers' mean log-probs, shape [N]."""
