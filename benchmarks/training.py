@@ -1,8 +1,8 @@
 """Training steps of ctrlray against TRL's SFTTrainer: examples/s, peak memory, where the time goes, and ExMATE's price.
 
 Same base model, token ids, batches of 16 examples, LoRA (rank, targets), dtype and threads; fresh processes in alternating
-order; start-up and the first step are not counted. TRL gets the settings that are fastest for it here (no padding
-inside a batch of alike lengths is not one of them: both get the same order). Needs the dependency group `benchmark`.
+order; start-up and the first step are not counted. Examples come in the
+same order, their lengths a quarter apart at most. Needs the dependency group `benchmark` (`uv pip install --group benchmark`).
 
     python -m benchmarks.training [--repeats 3] [--steps 3]
     python -m benchmarks.training --gpu     # a 1B-class Llama with random weights on one GPU: achieved against matmul FLOP/s
