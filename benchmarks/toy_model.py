@@ -10,7 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -28,20 +28,22 @@ from ctrlray.train.models import Learner
 
 CONTEXT = 64
 
+Asked = tuple[list[Message], tuple[int, ...], int]
+"""A prompt, a setting, and the number of the sample."""
+
 
 @dataclass(frozen=True)
 class ToyRecipe:
     """Settings of the toy's two trainings, the same for every objective."""
 
     base_epochs: int = 6
-    epochs: int = 8
     base_rate: float = 3e-3
     rate: float = 2e-3
     batch_size: int = 32
     hidden: int = 64
-    max_examples: int = 1500
+    max_examples: int = 640
     counterfactuals: int = 1
-    strategy: str = "balance"
+    strategy: Literal["none", "balance"] = "balance"
     """Not `moec`: without the outer quantiles' preference every cell, the middle one too, has examples."""
 
 
@@ -53,22 +55,30 @@ class ToyBench:
     recipe: ToyRecipe = ToyRecipe()
 
     @cached_property
+    def pool(self) -> pa.Table:
+        """The world's scored answers."""
+        return self.world.pool()
+
+    @cached_property
     def distilled(self) -> Distilled:
         """The pool's training examples, with wrong codes for ExMATE."""
         settings = config.Distill(
-            strategy=self.recipe.strategy,  # type: ignore[arg-type]  # pydantic checks it
+            strategy=self.recipe.strategy,
             max_examples=self.recipe.max_examples,
             counterfactuals=self.recipe.counterfactuals,
         )
-        return distill(self.world.pool(), self.world.control, settings, self.world.seed)
+        return distill(self.pool, self.world.control, settings, self.world.seed)
 
     @cached_property
     def start(self) -> LlamaForCausalLM:
         """A Llama from scratch that has learned the whole pool without codes: the aligned model to start from."""
-        rows = self.world.pool().to_pylist()
-        plain = [TrainExample((tuple(self.world.render(r["messages"])),), (tuple(r["token_ids"]),), 1.0, r["prompt_id"]) for r in rows]
-        network = toy_network(self.world, self.recipe.hidden)
-        fit(network, plain, config.CLM(), self.recipe.base_epochs, self.recipe.base_rate, self.recipe.batch_size, self.world.seed)
+        render, recipe = self.world.render, self.recipe
+        plain = [
+            TrainExample((tuple(render(row["messages"])),), (tuple(row["token_ids"]),), 1.0, row["prompt_id"])
+            for row in self.pool.to_pylist()
+        ]
+        network = toy_network(self.world, recipe.hidden)
+        fit(network, plain, config.CLM(), recipe.base_epochs, recipe.base_rate, recipe.batch_size, self.world.seed)
         return network
 
     def examples(self, *, shuffled: bool = False) -> list[TrainExample]:
@@ -81,28 +91,30 @@ class ToyBench:
                 table = table.set_column(table.schema.get_field_index(name), name, table[name].take(pa.array(order)))
         return [load_example(row, ATTRIBUTES, self.world.render) for row in table.to_pylist()]
 
-    def trained(self, objective: config.Objective, *, shuffled: bool = False) -> LlamaForCausalLM:
+    def trained(self, objective: config.Objective, epochs: int, *, shuffled: bool = False) -> LlamaForCausalLM:
         """A copy of the starting model, fine-tuned whole."""
         network = copy.deepcopy(self.start)
-        recipe = self.recipe
         examples = self.examples(shuffled=shuffled)
-        fit(network, examples, objective, recipe.epochs, recipe.rate, recipe.batch_size, self.world.seed)
+        fit(network, examples, objective, epochs, self.recipe.rate, self.recipe.batch_size, self.world.seed)
         return network
 
     def grid(self, network: LlamaForCausalLM, method: str, samples: int) -> pa.Table:
         """Answers to the held-out prompts at every setting, scored: the evaluation grid."""
-        asked = [(m, cell, s) for m in self.world.prompts()[1] for cell in self.world.space.cells() for s in range(samples)]
+        asked = self._asked(samples)
         answers = sample(network, [self.world.render(m, cell) for m, cell, _ in asked], self.world.seed)
         return self._scored(asked, answers, method)
 
     def perfect_grid(self, samples: int) -> pa.Table:
         """The same grid answered under perfect control."""
         rng = np.random.default_rng((self.world.seed, 2))
-        asked = [(m, cell, s) for m in self.world.prompts()[1] for cell in self.world.space.cells() for s in range(samples)]
+        asked = self._asked(samples)
         answers = [self.world.answer(m, self.world.perfect_counts(cell, rng), rng) for m, cell, _ in asked]
         return self._scored(asked, answers, "perfect")
 
-    def _scored(self, asked: Sequence[tuple[list[Message], tuple[int, ...], int]], answers: list[list[int]], method: str) -> pa.Table:
+    def _asked(self, samples: int) -> list[Asked]:
+        return [(m, cell, s) for m in self.world.prompts()[1] for cell in self.world.space.cells() for s in range(samples)]
+
+    def _scored(self, asked: Sequence[Asked], answers: Sequence[list[int]], method: str) -> pa.Table:
         scores_N2 = rewards(answers)
         columns: dict[str, Any] = {
             "prompt_id": [schema.prompt_id(m) for m, _, _ in asked],
@@ -164,7 +176,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(steps), 0.1))
     wrong, losses = objective.type == "exmate" and objective.weight > 0, []
     for step in steps:
-        rows = tree_rows([(i, examples[i]) for i in step], wrong=wrong, share=False)
+        rows = tree_rows([(i, examples[i]) for i in step], wrong=wrong, share=True)
         branches = [b for row in rows for b in row.branches]
         num_tokens = sum(b.weight * len(b.token_ids) for b in branches if b.right)
         loss = learner(collate(rows, PAD), num_tokens=num_tokens, num_wrong=sum(not b.right for b in branches))

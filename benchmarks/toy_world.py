@@ -149,7 +149,8 @@ def text_of(answer: Sequence[int]) -> str:
 
 
 def _word(words: range, favourite: int, rng: np.random.Generator) -> int:
-    return favourite if rng.random() < FAVOURITE else int(rng.choice([w for w in words if w != favourite]))
+    others = [w for w in words if w != favourite]
+    return favourite if rng.random() < FAVOURITE else others[rng.integers(len(others))]
 
 
 def _numbers_of(messages: Sequence[Message]) -> Iterator[int]:
