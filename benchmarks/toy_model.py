@@ -37,10 +37,9 @@ class ToyRecipe:
     """Settings of the toy's two trainings, the same for every objective."""
 
     base_epochs: int = 6
-    base_rate: float = 3e-3
-    rate: float = 2e-3
+    rate: float = 6e-3
     batch_size: int = 32
-    hidden: int = 64
+    hidden: int = 32
     max_examples: int = 640
     counterfactuals: int = 1
     strategy: Literal["none", "balance"] = "balance"
@@ -78,7 +77,7 @@ class ToyBench:
             for row in self.pool.to_pylist()
         ]
         network = toy_network(self.world, recipe.hidden)
-        fit(network, plain, config.CLM(), recipe.base_epochs, recipe.base_rate, recipe.batch_size, self.world.seed)
+        fit(network, plain, config.CLM(), recipe.base_epochs, recipe.rate, recipe.batch_size, self.world.seed)
         return network
 
     def examples(self, *, shuffled: bool = False) -> list[TrainExample]:
@@ -176,7 +175,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(steps), 0.1))
     wrong, losses = objective.type == "exmate" and objective.weight > 0, []
     for step in steps:
-        rows = tree_rows([(i, examples[i]) for i in step], wrong=wrong, share=True)
+        rows = tree_rows([(i, examples[i]) for i in step], wrong=wrong, share=False)
         branches = [b for row in rows for b in row.branches]
         num_tokens = sum(b.weight * len(b.token_ids) for b in branches if b.right)
         loss = learner(collate(rows, PAD), num_tokens=num_tokens, num_wrong=sum(not b.right for b in branches))
