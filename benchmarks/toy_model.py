@@ -175,6 +175,7 @@ def fit(
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, len(steps), 0.1))
     wrong, losses = objective.type == "exmate" and objective.weight > 0, []
     for step in steps:
+        # a prompt of five tokens is cheaper to read twice than to mask; right and wrong branches give the same loss either way
         rows = tree_rows([(i, examples[i]) for i in step], wrong=wrong, share=False)
         branches = [b for row in rows for b in row.branches]
         num_tokens = sum(b.weight * len(b.token_ids) for b in branches if b.right)

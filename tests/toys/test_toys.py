@@ -12,6 +12,7 @@ import torch
 from benchmarks import toys
 from benchmarks.common import RESULTS
 from benchmarks.toy_model import ToyBench
+from benchmarks.toy_page import LEAST_PAIRWISE, LEAST_SPEARMAN, mean_interval, page, pairs
 from benchmarks.toy_world import CLASSES, END, LENGTH, ToyWorld, favourite_share, perfect_error, rewards, text_of
 from ctrlray import config
 from ctrlray.distill import Levels
@@ -93,12 +94,12 @@ def test_balancing_reaches_every_cell_of_an_entangled_world():
 
 def test_intervals_by_hand():
     # mean 2, s = 1, t(0.975; 2) = 4.3027: 2 ± 4.3027 / sqrt(3)
-    assert toys.mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
+    assert mean_interval([1, 2, 3]) == pytest.approx((2, 2 - 4.3027 / math.sqrt(3), 2 + 4.3027 / math.sqrt(3)), rel=1e-4)
 
 
 def test_the_page_says_what_the_results_say():
     stored = json.loads((RESULTS / "toys.json").read_text())
-    assert toys.PAGE.read_text() == toys.page(stored)
+    assert toys.PAGE.read_text() == page(stored)
     assert stored["figures"] == toys.figures(stored)
 
 
@@ -107,8 +108,8 @@ def test_the_page_says_what_the_results_say():
 def test_an_objective_learns_an_independent_pair(bench, objective):
     network = bench.trained(objective, toys.INDEPENDENT_EPOCHS)
     found = bench.judged(bench.grid(network, objective.type, samples=2))
-    assert min(values_of(found, "spearman_level_means")) >= toys.LEAST_SPEARMAN
-    assert min(values_of(found, "pairwise")) >= toys.LEAST_PAIRWISE
+    assert min(values_of(found, "spearman_level_means")) >= LEAST_SPEARMAN
+    assert min(values_of(found, "pairwise")) >= LEAST_PAIRWISE
     assert found["finished"] > 0.98 and found["mean_tokens"] == pytest.approx(LENGTH + 1, abs=0.5)
 
 
@@ -126,6 +127,6 @@ def test_exmate_against_clm_over_seeds():
     results = toys.run()
     measured = toys.figures(results)
     assert [f["name"] for f in measured if f["met"] is False] == []
-    assert len(toys.pairs(results["runs"], part="balanced", entanglement=0.6, epochs=results["epochs"])) == 5
+    assert len(pairs(results["runs"], part="balanced", entanglement=0.6, epochs=results["epochs"])) == 5
     assert all(math.isfinite(bound) for f in measured for bound in (f["measured"], *f["spread"]))
-    assert "## ExMATE against CLM at entanglement 0.6" in toys.page(json.loads(json.dumps(results)))
+    assert "## ExMATE against CLM at entanglement 0.6" in page(json.loads(json.dumps(results)))
