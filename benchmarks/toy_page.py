@@ -95,7 +95,8 @@ def _independent(rows: Sequence[Row]) -> str:
 
 
 def _choice_table(tried: Sequence[Row]) -> str:
-    lines = ["| objective | w | epochs | control error | pairwise | other's slope, absolute | answers that end |", "|---" * 7 + "|"]
+    heads = ["objective", "w", "epochs", "control error", "pairwise", "other's slope, absolute", "answers that end"]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for r in tried:
         name, w = ("CLM", "–") if r["method"] == "clm" else ("ExMATE", f"{r['weight']:g}")
         values = " | ".join(f"{r[k]:.3f}" for k in ("control_error", "pairwise", "off_diagonal", "finished"))
