@@ -232,7 +232,7 @@ def _joined(lines: Sequence[_Line]) -> _Line:
         at = len(made.ids)
         made.ids.extend(line.ids)
         made.positions.extend(line.positions)
-        made.spans.extend([a + at, b + at, c + at, d + at] for a, b, c, d in line.spans)
+        made.spans.extend([a + at, b + at, *([c + at, d + at] if d > c else [0, 0])] for a, b, c, d in line.spans)
         made.answers.extend((branch, start + at) for branch, start in line.answers)
     return made
 
