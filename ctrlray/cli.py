@@ -273,7 +273,8 @@ def _fit_heads(path: Path) -> dict[str, Any]:
     from ctrlray import pipeline
     from ctrlray.config import parse
     from ctrlray.console import Console
-    from ctrlray.rewards.train import RewardTrainJob, read_pool, train_heads
+    from ctrlray.rewards.job import RewardTrainJob
+    from ctrlray.rewards.train import read_pool, train_heads
 
     job = parse(RewardTrainJob, yaml.safe_load(path.read_text()), where=str(path))
     with Console(str(job.folder)) as console:

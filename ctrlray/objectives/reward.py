@@ -30,7 +30,7 @@ def regression(score_NA: Tensor, rating_NA: Tensor, rated_NA: Tensor, *, num_rat
     """Mean squared error over the batch's ratings.
 
     `rated_NA` is 1 where an answer has a rating of an attribute; what `rating_NA` holds elsewhere does not count. Every rating
-    counts alike, whichever attribute it is of (a choice; HelpSteer2, arXiv 2406.08673, does the same).
+    counts alike, whichever attribute it is of. (Linear heads with this loss: HelpSteer2, arXiv 2406.08673.)
     """
     error_NA = (score_NA - rating_NA.nan_to_num()) * rated_NA
     loss = error_NA.square().sum() / num_ratings

@@ -1,6 +1,6 @@
-"""Human labels from files: preference pairs and ratings of single answers, in the formats that people publish them in.
+r"""Human labels from files: preference pairs and ratings of single answers, in the formats that people publish them in.
 
-    hh       {"chosen": "\\n\\nHuman: ...\\n\\nAssistant: ...", "rejected": ...}        Anthropic HH's native dialogues
+    hh       {"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}        Anthropic HH's native dialogues
     pairs    {"prompt": ..., "chosen": ..., "rejected": ..., "margin": 0.5}         margin only where there is one
     ratings  {"prompt": ..., "response": ..., "helpfulness": 4, "verbosity": 2}     a number per attribute
 
@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ctrlray.errors import DataError
-from ctrlray.hh import Pair, parse_pair
-from ctrlray.schema import ROLES, Message
+from ctrlray.hh import Pair, judge_half, parse_pair
+from ctrlray.rewards.job import RewardTrainJob
+from ctrlray.schema import ROLES, Message, first_human_turn
 
 Format = Literal["hh", "pairs", "ratings"]
 
@@ -44,6 +45,11 @@ class Labels:
     pairs: tuple[Pair, ...] = ()
     rated: tuple[Rated, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+    def __len__(self) -> int:
+        """Number of usable rows."""
+        return len(self.pairs) + len(self.rated)
 
 
 class _BadRowError(Exception):
@@ -81,10 +87,33 @@ def read_labels(path: str | Path, attributes: Sequence[str] = ()) -> Labels:
     if kind is None:
         found = f"its first record has {seen}" if seen else "it holds no JSON record"
         raise DataError(
-            f"{file}: no known format, {found}; give HH dialogues (chosen, rejected), pairs (prompt, chosen, rejected) or ratings "
-            "(prompt, response and a number per attribute)"
+            f"{file}: no known format, {found}; give HH dialogues (chosen, rejected), pairs (prompt, chosen, rejected) or "
+            "ratings (prompt, response and a number per attribute)"
         )
     return Labels(kind, tuple(pairs), tuple(rated), dict(sorted(dropped.items())))
+
+
+def read_parts(job: RewardTrainJob) -> dict[str, Labels]:
+    """The labels of every `train/<attribute>` and `valid/<attribute>` of a job, training rows less the judge's half.
+
+    Raises DataError where fewer than two rows are left.
+    """
+    parts = {}
+    for a in job.attributes:
+        for split, path in (("train", a.train), ("valid", a.valid)):
+            found = read_labels(path, [a.name])
+            pairs, rated, dropped = list(found.pairs), list(found.rated), dict(found.dropped)
+            if split == "train" and job.reserve_judge_half:
+                pairs = [p for p in pairs if not judge_half(first_human_turn(p.messages))]
+                rated = [r for r in rated if not judge_half(first_human_turn(r.messages))]
+                dropped["kept for the judge"] = len(found) - len(pairs) - len(rated)
+            labels = Labels(found.format, tuple(pairs[: job.max_pairs]), tuple(rated[: job.max_pairs]), dropped)
+            if len(labels) < 2:
+                raise DataError(
+                    f"attributes.{a.name}.{split}={path!r}: {len(labels)} usable rows, at least 2 are needed; not used: {dropped}"
+                )
+            parts[f"{split}/{a.name}"] = labels
+    return parts
 
 
 def _file(path: str | Path) -> Path:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def tree_rows(examples: Sequence[tuple[int, TrainExample]], *, wrong: bool, shar
         shared = _common_prefix([p for p, _ in members])
         branches = tuple(b._replace(code_ids=p[len(shared) :]) for p, b in members)
         rows.append(TreeRow(shared, branches))
-    return rows
+    return sorted(rows, key=lambda r: r.prompt_ids)  # one order, whichever order the examples came in
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -113,15 +113,27 @@ def epoch_steps(groups: Sequence[str], batch_size: int, seed: int, epoch: int, p
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def shard(rows: Sequence[TreeRow], ranks: int, max_tokens: int) -> list[list[list[TreeRow]]]:
+class Sized(Protocol):
+    """What `shard` deals out: a row of known length, which stays whole."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its padded tokens."""
+        ...
+
+
+R = TypeVar("R", bound=Sized)
+
+
+def shard(rows: Sequence[R], ranks: int, max_tokens: int) -> list[list[list[R]]]:
     """`[rank][micro batch][row]`: length-sorted rows, equal numbers of micro batches on every rank.
 
     A micro batch holds at most `max_tokens` padded tokens, or one longer row. Short ranks get empty micro batches,
     because sharded engines need every rank in every collective.
     """
-    ordered = sorted(rows, key=lambda r: (-r.num_tokens, r.prompt_ids))
+    ordered = sorted(rows, key=lambda r: -r.num_tokens)
     load = [0] * ranks
-    dealt: list[list[TreeRow]] = [[] for _ in range(ranks)]
+    dealt: list[list[R]] = [[] for _ in range(ranks)]
     for row in ordered:
         rank = load.index(min(load))
         load[rank] += row.num_tokens
@@ -131,8 +143,8 @@ def shard(rows: Sequence[TreeRow], ranks: int, max_tokens: int) -> list[list[lis
     return [b + [[] for _ in range(most - len(b))] for b in batches]
 
 
-def _micro_batches(rows: Sequence[TreeRow], max_tokens: int) -> Iterator[list[TreeRow]]:
-    batch: list[TreeRow] = []
+def _micro_batches(rows: Sequence[R], max_tokens: int) -> Iterator[list[R]]:
+    batch: list[R] = []
     for row in rows:  # longest first, so the first row sets the padded length
         if batch and batch[0].num_tokens * (len(batch) + 1) > max_tokens:
             yield batch

@@ -37,20 +37,25 @@ class TrainTask:
 
 def train_loop(raw: dict[str, Any]) -> None:
     """Entry point of a worker. `raw["task"]` is a TrainTask."""
-    import torch
-
     task: TrainTask = raw["task"]
-    if not torch.cuda.is_available():
-        _use_all_cores(task.settings)
-        # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
-    torch.manual_seed(task.seed)
+    settle(task.settings, task.seed)
     loop = _Loop(task)
     loop.run()
 
 
-def _use_all_cores(settings: config.Train) -> None:
+def settle(settings: config.Optimization, seed: int) -> None:
+    """Threads, determinism and the seed of a worker, before it builds anything."""
+    import torch
+
+    if not torch.cuda.is_available():
+        _use_all_cores(settings)
+        # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+    torch.manual_seed(seed)
+
+
+def _use_all_cores(settings: config.Optimization) -> None:
     """Ray gives a worker as many threads as it reserves CPUs; a single worker may use the idle rest of the machine."""
     import torch
 
@@ -143,7 +148,7 @@ class _Loop:
             [collate(m, self.pad_id) for m in mine], rate, num_tokens=num_tokens, num_wrong=num_wrong, ranks=self.ranks
         )
         tokens = sum(r.num_tokens for r in rows)
-        parts = _sum_over_ranks(parts, self.ranks)
+        parts = sum_over_ranks(parts, self.ranks)
         return {
             "step": step + 1,
             "loss": parts["nll"] + self.task.objective.weight * parts.get("leak", 0.0),
@@ -234,7 +239,7 @@ class _Loop:
         out.write_json({"key": self.task.key, "steps": len(self.steps)}, "done.json")
 
 
-def _sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
+def sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
     """Losses are shares of the whole batch and add up; the gradient norm is already global."""
     import torch
     import torch.distributed as dist

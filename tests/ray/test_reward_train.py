@@ -12,7 +12,8 @@ from ctrlray.hh import judge_half
 from ctrlray.rewards.embedded import EmbeddedReward
 from ctrlray.rewards.features import FeatureExtractor
 from ctrlray.rewards.heads import Heads
-from ctrlray.rewards.train import Fit, PairFiles, RewardTrainJob, read_pool, train_heads
+from ctrlray.rewards.job import Fit, LabelFiles, LinearHeads, RewardTrainJob
+from ctrlray.rewards.train import read_pool, train_heads
 
 ray = pytest.importorskip("ray", reason="needs ray")
 GOOD, BAD = ["yes", "sure", "gladly", "of course"], ["no", "never", "why", "go away"]
@@ -69,7 +70,7 @@ def write_pairs(path, first_words, second_words, count, seed):
 
 def make_job(folder, **changes):
     files = [
-        PairFiles(
+        LabelFiles(
             name=name,
             train=write_pairs(folder / f"{name}.train.jsonl", a, b, 40, seed),
             valid=write_pairs(folder / f"{name}.valid.jsonl", a, b, 20, seed + 1),
@@ -84,14 +85,14 @@ def make_job(folder, **changes):
                 out.write(json.dumps(row) + "\n")
         out.write(json.dumps({**row, "finish_reason": "length"}) + "\n")
     fit = Fit(layers=(1, 2), positions=("last", "mean"), l2=0.01, between=0.5)
-    settings = {"attributes": tuple(files), "pool": str(pool), "fit": fit, "batch_size": 16, "actors": Pool()}
-    settings |= {"trials": {"one layer": Fit(layers=(2,), l2=0.01)}, **changes}
+    method = LinearHeads(fit=fit, pool=str(pool), trials={"one layer": Fit(layers=(2,), l2=0.01)})
+    settings = {"attributes": tuple(files), "method": method, "batch_size": 16, "actors": Pool(), **changes}
     return RewardTrainJob(name="tiny", out=str(folder), **settings)
 
 
 def test_train_score_and_refuse(model, local_ray, tmp_path):
     job = make_job(tmp_path)
-    card = train_heads(job, read_pool(str(job.pool)), model)
+    card = train_heads(job, read_pool(str(job.method.pool)), model)
 
     pairs = card["data"]["pairs"]
     reserved = sum(judge_half(f"question 10 {i}") for i in range(40))
@@ -121,7 +122,8 @@ def test_features_are_kept_for_another_fit(model, local_ray, tmp_path, monkeypat
     job = make_job(tmp_path)
     first = train_heads(job, folder=model)
     monkeypatch.setattr("ctrlray.rewards.train.extract", lambda *_: pytest.fail("the features were there"))
-    stronger = job.model_copy(update={"fit": Fit(layers=(1, 2), positions=("last", "mean"), l2=5.0)})
+    other = job.method.model_copy(update={"fit": Fit(layers=(1, 2), positions=("last", "mean"), l2=5.0)})
+    stronger = job.model_copy(update={"method": other})
     assert train_heads(stronger, folder=model)["fit"] != first["fit"]
     with pytest.raises(pytest.fail.Exception):  # other text, other features
         train_heads(job.model_copy(update={"max_pairs": 10}), folder=model)
