@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ctrlray.control import neutralise, special_strings
+from ctrlray.errors import ConfigError
 from ctrlray.schema import Message
 
 
@@ -25,6 +26,8 @@ class RewardEncoder:
         self._specials = special_strings(tokenizer)
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if tokenizer.pad_token_id is None:
+            raise ConfigError(f"the tokenizer of {tokenizer.name_or_path} has no pad and no end-of-sequence token; set one")
         self.pad_id = int(tokenizer.pad_token_id)
 
     def __call__(self, conversation: Sequence[Message], response: str) -> list[int]:
@@ -40,7 +43,10 @@ class RewardEncoder:
     def _as_pair(self, prompt: str, answer: str) -> list[int]:
         """The tokenizer's own special tokens stay: an encoder's score is read from its first one."""
         self._tokenizer.truncation_side = "left"
-        room = self.max_tokens - self._tokenizer.num_special_tokens_to_add(pair=True)
+        special = self._tokenizer.num_special_tokens_to_add(pair=True)
+        if special == self._tokenizer.num_special_tokens_to_add(pair=False):  # none of them stands between the two
+            prompt += "\n\n"
+        room = self.max_tokens - special
         alone = len(self._tokenizer(answer, add_special_tokens=False)["input_ids"])
         # `only_first` cuts nothing at all where the answer by itself is too long
         cut = "only_first" if alone < room else "longest_first"

@@ -1,4 +1,4 @@
-"""The job file of `ctrlray reward train`: which labels, which model, and how scores are learned from them."""
+"""The job files of `ctrlray reward train` and `ctrlray reward evaluate`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ctrlray import config
-from ctrlray.config import Cluster, Frozen, Model, Optimization, Pool
+from ctrlray.config import Cluster, Frozen, Model, Optimization, Pool, Reward
 from ctrlray.rewards.heads import Penalties
 
 
@@ -122,3 +122,48 @@ class RewardTrainJob(Frozen):
         if self.out:
             return Path(self.out).expanduser()
         return config.data_home() / ("heads" if self.method.type == "heads" else "rewards")
+
+
+class LabelledSource(Frozen):
+    """Labels to hold a reward against. `$CTRLRAY_DATA` is expanded."""
+
+    name: Annotated[str, Field(min_length=1)]
+    path: str
+    attribute: str | None = None
+    """The output of the reward that the labels are about. Unset: its only output; for ratings, every output that is rated."""
+
+
+class RewardEvaluateJob(Frozen):
+    """A reward, and labels to hold it against."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    """Name of the card's files."""
+    out: str | None = None
+    """Absolute folder for the card; the user's data directory when unset."""
+    reward: Reward
+    """As in the `rewards` of a run's job file."""
+    sources: Annotated[tuple[LabelledSource, ...], Field(min_length=1)]
+    max_rows: Annotated[int, Field(ge=2)] | None = None
+    """Per source; for trials."""
+    bins: Annotated[int, Field(ge=1, le=50)] = 5
+    """Of the calibration curve, from 0.5 to 1."""
+    seed: int = 0
+    """Of the bootstrap intervals."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Answers per call of an actor."""
+    actors: Pool = Pool()
+    cluster: Cluster = Cluster()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RewardEvaluateJob:
+        names = [s.name for s in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"sources: names must differ, got {names}")
+        if self.out is not None and not Path(self.out).expanduser().is_absolute():
+            raise ValueError(f"out={self.out!r} is relative; give an absolute path")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Where the card is written."""
+        return Path(self.out).expanduser() if self.out else config.data_home() / "reward_cards"

@@ -10,6 +10,7 @@ A token sees the prompt and its own branch. One branch per row is the ordinary s
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -111,6 +112,13 @@ def epoch_steps(groups: Sequence[str], batch_size: int, seed: int, epoch: int, p
     rng.shuffle(bundles)
     order = [i for bundle in bundles for i in bundle]
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def planned_steps(groups: Sequence[str], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """Example indices of each optimizer step of a whole training; the last epoch may be a part of one."""
+    whole = math.ceil(epochs)
+    steps = [step for epoch in range(whole) for step in epoch_steps(groups, batch_size, seed, epoch)]
+    return steps[: max(1, round(len(steps) / max(1, whole) * epochs))]
 
 
 class Sized(Protocol):

@@ -89,7 +89,7 @@ class _Loop:
         self._load_examples()
 
     def _load_examples(self) -> None:
-        from ctrlray.train.batches import epoch_steps, load_example
+        from ctrlray.train.batches import load_example, planned_steps
 
         names = list(self.task.space.names)
         table = self.task.examples.read_table("examples", schema.examples(names))
@@ -99,12 +99,7 @@ class _Loop:
         self.train = [load_example(r, names, self.renderer.render) for r in rows if r["split"] == "train"]
         self.valid_rows = [r for r in rows if r["split"] == "valid"]
         groups = [e.group for e in self.train]
-        s = self.task.settings
-        self.steps: list[list[int]] = []
-        for epoch in range(int(-(-s.epochs // 1))):
-            self.steps += epoch_steps(groups, s.batch_size, self.task.seed, epoch)
-        per_epoch = len(self.steps) / max(1, -(-s.epochs // 1))
-        self.steps = self.steps[: max(1, round(per_epoch * s.epochs))]
+        self.steps = planned_steps(groups, self.task.settings.batch_size, self.task.settings.epochs, self.task.seed)
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint of this very task."""
