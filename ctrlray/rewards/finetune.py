@@ -9,6 +9,7 @@ What training needs lies in `<out>/.<name>/<key>` until the folder is there; the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -66,6 +67,8 @@ def finetune(job: RewardTrainJob, folder: Path | None = None, progress: Progress
     (made / "card.md").write_text(card_text(card), encoding="utf-8")
     (made / "curves.json").write_text(json.dumps(curves) + "\n", encoding="utf-8")
     shutil.rmtree(work.path())
+    with contextlib.suppress(OSError):  # another job's work may lie beside it
+        Path(work.path()).parent.rmdir()
     return card
 
 
