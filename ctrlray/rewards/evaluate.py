@@ -205,7 +205,8 @@ def sources_text(sources: Mapping[str, Any]) -> list[str]:
                 f"({s['length_only_rule']}) | {curve['ece']:.3f} | {curve['log_loss']:.3f} |"
             )
     if rated:
-        lines += ["", "## Ratings", "", "Rank correlation with the ratings and mean absolute error, 95% bootstrap intervals.", ""]
+        lines += ["", "## Ratings", "", "Rank correlation with the ratings and mean absolute error, 95% bootstrap intervals. Errors"]
+        lines += ["count where scores are in the ratings' units; that of the mean rating is what knowing nothing costs.", ""]
         lines += ["| source | output | rows | Spearman | length alone | error | error of the mean rating |"]
         lines += ["|---" * 7 + "|"]
         for name, s in rated.items():
@@ -232,10 +233,13 @@ def _source_text(name: str, s: Mapping[str, Any]) -> list[str]:
             for b in s["calibration"]["bins"]
         ]
     where = "over all answers" if s["format"] == "ratings" else "within a prompt"
-    lines += ["", "| what | r |", "|---|---|"]
+    lines += ["", "Correlations of all scored answers, 95% bootstrap intervals over prompts; lengths are in characters.", ""]
+    lines += ["| what | r |", "|---|---|"]
     lines += [f"| {output} with log length, {where} | {show(r)} |" for output, r in s["length_correlation"].items()]
     for pair, r in s["agreement"].items():
         lines.append(f"| {pair.replace('~', ' with ')}, Pearson | {show(r['pearson'])} |")
         lines.append(f"| {pair.replace('~', ' with ')}, Spearman | {show(r['spearman'])} |")
-    lines += [f"| accuracy of {other} on these pairs | {show(a)} |" for other, a in s.get("accuracy_of_others", {}).items()]
+    if others := s.get("accuracy_of_others"):
+        lines += ["", "Accuracy of the other outputs on these pairs: "]
+        lines[-1] += ", ".join(f"{other} {show(a)}" for other, a in others.items()) + "."
     return lines

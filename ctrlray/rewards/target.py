@@ -9,7 +9,7 @@ from typing import Any
 
 from ctrlray import config
 from ctrlray.errors import ConfigError
-from ctrlray.rewards.job import FineTune, RewardEvaluateJob, RewardTrainJob
+from ctrlray.rewards.job import FineTune, LabelledSource, RewardEvaluateJob, RewardTrainJob
 
 
 def evaluation_of(what: str, data: Sequence[str], overrides: Sequence[str]) -> RewardEvaluateJob:
@@ -47,7 +47,7 @@ def evaluation_of_trained(job: RewardTrainJob) -> RewardEvaluateJob:
         name=f"{job.name}-evaluation",
         out=str(folder.resolve()),
         reward=reward,
-        sources=tuple({"name": a.name, "path": a.valid, "attribute": a.name} for a in job.attributes),  # type: ignore[misc]
+        sources=tuple(LabelledSource(name=a.name, path=a.valid, attribute=a.name) for a in job.attributes),
         max_rows=job.max_pairs,
         seed=job.seed,
         batch_size=job.batch_size,
