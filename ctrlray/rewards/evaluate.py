@@ -205,7 +205,8 @@ def sources_text(sources: Mapping[str, Any]) -> list[str]:
                 f"({s['length_only_rule']}) | {curve['ece']:.3f} | {curve['log_loss']:.3f} |"
             )
     if rated:
-        lines += ["", "## Ratings", "", "Rank correlation with the ratings and mean absolute error, 95% bootstrap intervals. Errors"]
+        lines += ["", "## Ratings", ""]
+        lines += ["Rank correlation with the ratings and mean absolute error, 95% bootstrap intervals. Errors"]
         lines += ["count where scores are in the ratings' units; that of the mean rating is what knowing nothing costs.", ""]
         lines += ["| source | output | rows | Spearman | length alone | error | error of the mean rating |"]
         lines += ["|---" * 7 + "|"]
