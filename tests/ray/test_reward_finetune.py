@@ -137,7 +137,7 @@ def classifier(folder: Path) -> Path:
 
 
 def test_two_ranks_equal_one(local_ray, tmp_path):
-    """Seven pairs of uneven length in more micro batches than ranks, so that one rank runs an empty one."""
+    """Seven pairs of uneven length, in more micro batches than ranks; losses of both steps, and all weights after them."""
     model, curves, weights = classifier(tmp_path / "model"), [], []
     rng = random.Random(5)
     rows = [{"prompt": "q" * rng.randint(1, 30), "chosen": answer(rng, True), "rejected": answer(rng, False)} for _ in range(7)]
