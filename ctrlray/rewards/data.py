@@ -109,8 +109,10 @@ def read_parts(job: RewardTrainJob) -> dict[str, Labels]:
                 dropped["kept for the judge"] = len(found) - len(pairs) - len(rated)
             labels = Labels(found.format, tuple(pairs[: job.max_pairs]), tuple(rated[: job.max_pairs]), dropped)
             if len(labels) < 2:
+                hint = "; reserve_judge_half=false would use the judge's" if dropped.get("kept for the judge") else ""
                 raise DataError(
-                    f"attributes.{a.name}.{split}={path!r}: {len(labels)} usable rows, at least 2 are needed; not used: {dropped}"
+                    f"attributes.{a.name}.{split}={path!r}: {len(labels)} usable rows, at least 2 are needed; not used: "
+                    f"{dropped}{hint}"
                 )
             parts[f"{split}/{a.name}"] = labels
     return parts

@@ -59,11 +59,14 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def write_pairs(path, first_words, second_words, count, seed):
+    """HH's dialogues, or prompt, chosen and rejected: heads take both."""
     rng = random.Random(seed)
     with path.open("w") as out:
         for i in range(count):
             start = f"\n\nHuman: question {seed} {i}\n\nAssistant: "
-            row = {"chosen": start + rng.choice(first_words), "rejected": start + rng.choice(second_words)}
+            row = {"chosen": rng.choice(first_words), "rejected": rng.choice(second_words)}
+            plain = path.name.startswith("curt")
+            row = {"prompt": f"question {seed} {i}", **row} if plain else {k: start + v for k, v in row.items()}
             out.write(json.dumps(row) + "\n")
     return str(path)
 
@@ -177,3 +180,11 @@ def test_text_cannot_make_special_tokens(model):
 def test_missing_files_are_named(model, tmp_path):
     with pytest.raises(DataError, match="pool"):
         read_pool(str(tmp_path / "none.jsonl"))
+
+
+def test_heads_refuse_ratings(model, tmp_path):
+    file = tmp_path / "ratings.jsonl"
+    file.write_text('{"prompt": "q", "response": "a", "kind": 1}\n' * 3)
+    files = (LabelFiles(name="kind", train=str(file), valid=str(file)),)
+    with pytest.raises(DataError, match=r"attributes.kind: ratings, but heads are fitted to preference pairs"):
+        train_heads(make_job(tmp_path, attributes=files, reserve_judge_half=False), folder=model)
