@@ -262,7 +262,7 @@ _REWARD_TRAIN = "ctrlray reward train jobs/reward-heads/job.yaml\nctrlray reward
 _REWARD_EVALUATE = (
     "ctrlray reward evaluate jobs/reward-model/job.yaml\n"
     "ctrlray reward evaluate evaluate.yaml --set max_rows=200\n"
-    "ctrlray reward evaluate /data/rewards/my-model --data helpfulness=pairs.jsonl"
+    "ctrlray reward evaluate /models/tact --data kindness=pairs.jsonl"
 )
 
 
@@ -324,14 +324,17 @@ def _fit_heads(job: RewardTrainJob, path: Path, console: Console) -> str:
     return card_text(card)
 
 
-@_command(_reward, "evaluate", "Hold a reward against human labels, source by source.", _REWARD_EVALUATE)
-@click.option(
-    "--data", multiple=True, metavar="[ATTRIBUTE=]FILE", help="Labels, where no job file names them; repeatable."
-)
+_REWARD_EVALUATE_TEXT = """Hold a reward against human labels, source by source.
+
+JOB is the file of an evaluation (name, reward, sources), or that of `reward train`, whose result is held against its valid
+files. REWARD is a model folder, a heads file or `embedded`; --data says what to hold it against."""
+
+
+@_command(_reward, "evaluate", _REWARD_EVALUATE_TEXT, _REWARD_EVALUATE)
+@click.option("--data", multiple=True, metavar="[ATTRIBUTE=]FILE", help="Labels, where no job file names them; repeatable.")
 @_reward_options
 @click.argument("what", metavar="JOB_OR_REWARD")
 def _reward_evaluate(what: str, data: tuple[str, ...], overrides: tuple[str, ...], debug: bool) -> None:
-    """JOB is an evaluation's file or that of `reward train`; REWARD a model folder, a heads file or `embedded`."""
     from ctrlray import pipeline
     from ctrlray.console import Console
 

@@ -46,7 +46,6 @@ class Labels:
     rated: tuple[Rated, ...] = ()
     dropped: Mapping[str, int] = field(default_factory=dict)
 
-
     def __len__(self) -> int:
         """Number of usable rows."""
         return len(self.pairs) + len(self.rated)

@@ -247,5 +247,3 @@ def _columns(fit: Fit, layers: Sequence[int], positions: Sequence[str], total: i
     width = total // (len(layers) * len(positions))
     starts = [(layers.index(k) * len(positions) + positions.index(p)) * width for k in fit.layers for p in fit.positions]
     return np.concatenate([np.arange(s, s + width) for s in starts])
-
-
