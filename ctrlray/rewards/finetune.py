@@ -283,7 +283,8 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines += [f"- {name}: mean {u['mean']:.4g}, std {u['std']:.4g}" for name, u in scaled.items()]
     training = card["training"]
     lines += ["", "## Training", "", f"Optimizer steps: {training['steps']}, of {method['batch_size']} rows each, in"]
-    lines[-1] += f" {training['seconds']:.0f} s; learning rate {method['learning_rate']:g}, margin {method['margin']}, seed {card['seed']}."
+    lines[-1] += f" {training['seconds']:.0f} s; learning rate {method['learning_rate']:g}, margin {method['margin']}, "
+    lines[-1] += f"seed {card['seed']}."
     return "\n".join([*lines, *sources_text(card["measured"])]) + "\n"
 
 
