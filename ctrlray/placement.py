@@ -20,6 +20,9 @@ CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
 ENGINE_PROCESS_GIB, WORKER_PROCESS_GIB, SMALL_PROCESS_GIB = 1.5, 1.2, 0.3
 """Resident memory of a process with vLLM, with torch and DeepSpeed, and with Ray alone, before any model is loaded."""
+ALLOCATOR_SHARE = 2.0
+LOGITS_AT_ONCE = 2**23
+"""Output logits of a training step that exist at the same time."""
 ADAM_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
 BYTES = {"float32": 4, "bfloat16": 2}
 _GIB = 2.0**30
@@ -32,8 +35,6 @@ class Shape:
     parameters: int
     layers: int
     hidden: int
-    heads: int
-    vocabulary: int
     linear: int
     """Sum over the linear layers of one block of inputs + outputs: a LoRA of rank r has r times that, per block."""
 
@@ -51,7 +52,7 @@ class Shape:
         sides += [(hidden, inner), (hidden, inner), (inner, hidden)]
         block = sum(a * b for a, b in sides) + 2 * hidden
         tables = vocabulary * hidden * 2  # the prepared base unties them
-        return cls(layers * block + tables + hidden, layers, hidden, heads, vocabulary, sum(a + b for a, b in sides))
+        return cls(layers * block + tables + hidden, layers, hidden, sum(a + b for a, b in sides))
 
 
 class Group(NamedTuple):
@@ -110,9 +111,9 @@ def worker_gib(train: config.Train, shape: Shape | None, dtype: str = "auto") ->
     """Host memory of one training worker in GiB.
 
     Weights, gradients and Adam's moments of what trains (sharded by ZeRO: optimizer from stage 1, gradients from 2, weights
-    from 3), activations of one micro batch without checkpointing (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1: per
-    block 34 bytes per token and channel plus 5 bytes per attention weight, at 2 bytes a value; the micro batch counts as one
-    row), and the answers' logits: an upper bound, since fused attention keeps no weights.
+    from 3); activations of one micro batch (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1 without its attention weights,
+    which are computed again: 34 bytes per block, token and channel at 2 bytes a value; with checkpointing the blocks' inputs
+    and one block's activations), twice, because an allocator keeps what batches of other sizes left; a chunk of logits.
     """
     if shape is None:
         return 0.0
@@ -124,10 +125,10 @@ def worker_gib(train: config.Train, shape: Shape | None, dtype: str = "auto") ->
     weights = shape.parameters * wide / (ranks if stage == 3 else 1)
     masters = MASTER_BYTES if train.lora else 0  # full fine-tuning trains the float32 weights themselves
     states = trained * (ADAM_BYTES / (ranks if stage else 1) + GRADIENT_BYTES / (ranks if stage > 1 else 1) + masters)
-    tokens = train.micro_batch_tokens
-    activations = shape.layers * (34 * tokens * shape.hidden + 5 * shape.heads * tokens**2) * wide / 2
-    logits = tokens * shape.vocabulary * (wide + 4)
-    return WORKER_PROCESS_GIB + (weights + states + activations + logits) / _GIB
+    per_token = 17 + shape.layers if train.activation_checkpointing else 17 * shape.layers
+    activations = per_token * train.micro_batch_tokens * shape.hidden * wide
+    logits = LOGITS_AT_ONCE * (2 * wide + 4)
+    return WORKER_PROCESS_GIB + (weights + states + ALLOCATOR_SHARE * activations + logits) / _GIB
 
 
 def _widest(dtype: str) -> str:

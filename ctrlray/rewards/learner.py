@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import torch
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from ctrlray import schema
@@ -27,6 +28,7 @@ from ctrlray.tables import Storage
 from ctrlray.train.batches import planned_steps, shard
 
 _RECENT_STEPS = 100
+SNAPSHOT = "snapshot.safetensors"
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class LabelTable:
 
     def shards(self, units: Sequence[Unit], ranks: int, max_tokens: int) -> list[list[list[Unit]]]:
         """`[rank][micro batch][unit]`; pairs and ratings do not mix, because a pair is as wide as two."""
-        kinds = [shard([u for u in units if u.pair == pair], ranks, max_tokens) for pair in (True, False)]
+        kinds = [shard([u for u in units if u.pair == pair], ranks, max_tokens, packed=False) for pair in (True, False)]
         return [pairs + ratings for pairs, ratings in zip(*kinds, strict=True)]
 
     def collate(self, units: Sequence[Unit]) -> Batch:
@@ -154,7 +156,7 @@ def load_network(task: RewardTask, device: str) -> RewardNetwork:
     """The start with what trains in float32: LoRA in the blocks and all that is outside of them, or everything."""
     from transformers import AutoModelForSequenceClassification
 
-    from ctrlray.train.models import _add_lora as add_lora
+    from ctrlray.train.models import add_lora
 
     lora, compute = task.settings.lora, getattr(torch, task.dtype)
     network = AutoModelForSequenceClassification.from_pretrained(
@@ -271,7 +273,7 @@ class _Loop:
             return 0
         with checkpoint.as_directory() as folder:
             note = json.loads((Path(folder) / "progress.json").read_text())
-            self.trainer.load(Path(folder))
+            self.trainer.restore(load_file(Path(folder) / SNAPSHOT), int(note["step"]))
         self.curves = note["curves"]
         return int(note["step"])
 
@@ -281,15 +283,16 @@ class _Loop:
 
         if last:
             self._write_results()
+        state = self.trainer.snapshot()
+        if self.rank != 0:
+            ray.train.report(dict(point))
+            return
         with tempfile.TemporaryDirectory() as scratch:
-            self.trainer.save(Path(scratch))
-            if self.rank == 0:
-                (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
+            save_file(state, Path(scratch) / SNAPSHOT)
+            (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
             ray.train.report(dict(point), checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
     def _write_results(self) -> None:
-        from safetensors.torch import save
-
         from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
 
         with self.trainer.gathered() as network:

@@ -85,7 +85,7 @@ def tree_rows(examples: Sequence[tuple[int, TrainExample]], *, wrong: bool, shar
         shared = _common_prefix([p for p, _ in members])
         branches = tuple(b._replace(code_ids=p[len(shared) :]) for p, b in members)
         rows.append(TreeRow(shared, branches))
-    return sorted(rows, key=lambda r: r.prompt_ids)  # one order, whichever order the examples came in
+    return rows
 
 
 def _common_prefix(prompts: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
@@ -126,18 +126,18 @@ class Sized(Protocol):
 
     @property
     def num_tokens(self) -> int:
-        """Its padded tokens."""
+        """Its length."""
         ...
 
 
 R = TypeVar("R", bound=Sized)
 
 
-def shard(rows: Sequence[R], ranks: int, max_tokens: int) -> list[list[list[R]]]:
+def shard(rows: Sequence[R], ranks: int, max_tokens: int, *, packed: bool = True) -> list[list[list[R]]]:
     """`[rank][micro batch][row]`: length-sorted rows, equal numbers of micro batches on every rank.
 
-    A micro batch holds at most `max_tokens` padded tokens, or one longer row. Short ranks get empty micro batches,
-    because sharded engines need every rank in every collective.
+    A micro batch holds at most `max_tokens` tokens, padding included, or one longer row. Short ranks get empty micro
+    batches, because sharded engines need every rank in every collective.
     """
     ordered = sorted(rows, key=lambda r: -r.num_tokens)
     load = [0] * ranks
@@ -146,12 +146,27 @@ def shard(rows: Sequence[R], ranks: int, max_tokens: int) -> list[list[list[R]]]
         rank = load.index(min(load))
         load[rank] += row.num_tokens
         dealt[rank].append(row)
-    batches = [list(_micro_batches(mine, max_tokens)) for mine in dealt]
+    batches = [list(_packs(mine, max_tokens) if packed else _padded(mine, max_tokens)) for mine in dealt]
     most = max(map(len, batches))
     return [b + [[] for _ in range(most - len(b))] for b in batches]
 
 
-def _micro_batches(rows: Sequence[R], max_tokens: int) -> Iterator[list[R]]:
+def _packs(rows: Sequence[R], max_tokens: int) -> list[list[R]]:
+    """First fit, longest first."""
+    bins: list[list[R]] = []
+    room: list[int] = []
+    for row in rows:
+        at = next((i for i, free in enumerate(room) if row.num_tokens <= free), None)
+        if at is None:
+            bins.append([row])
+            room.append(max_tokens - row.num_tokens)
+        else:
+            bins[at].append(row)
+            room[at] -= row.num_tokens
+    return bins
+
+
+def _padded(rows: Sequence[R], max_tokens: int) -> Iterator[list[R]]:
     batch: list[R] = []
     for row in rows:  # longest first, so the first row sets the padded length
         if batch and batch[0].num_tokens * (len(batch) + 1) > max_tokens:
@@ -163,12 +178,14 @@ def _micro_batches(rows: Sequence[R], max_tokens: int) -> Iterator[list[R]]:
 
 
 class Batch(NamedTuple):
-    """Tensors of one micro batch. Rows R of padded length S; N branches with up to T answer tokens."""
+    """Tensors of one micro batch: R = 1 packed row, or R padded sequences of one branch each; N branches, T answer tokens."""
 
     input_ids_RS: Tensor
     position_ids_RS: Tensor
-    allowed_RSS: Tensor
-    """True where a query (second axis) may see a key (third axis)."""
+    present_RS: Tensor
+    """True where a token is, False on padding."""
+    spans_K4: Tensor
+    """Segments of a packed row, `[start, stop, prefix start, prefix stop]`: a prompt (its prefix is empty) or a branch."""
     source_NT: Tensor
     """Flat index (row x S + column) of the position that predicts each answer token."""
     target_NT: Tensor
@@ -178,39 +195,66 @@ class Batch(NamedTuple):
     example_N: Tensor
 
 
-def collate(rows: Sequence[TreeRow], pad_id: int) -> Batch:
-    """Tensors of a micro batch; an empty one becomes a single padding token without answers."""
-    if not rows:
-        rows = [TreeRow((pad_id,), ())]
-    length = max(r.num_tokens for r in rows)
-    ids = torch.full((len(rows), length), pad_id)
-    positions = torch.zeros((len(rows), length), dtype=torch.long)
-    member = torch.full((len(rows), length), -1)  # branch of each token: 0 prompt, 1.. branches, -1 padding
-    spans: list[tuple[Branch, int]] = []
-    for r, row in enumerate(rows):
-        size = len(row.prompt_ids)
-        ids[r, :size] = torch.tensor(row.prompt_ids)
-        positions[r, :size] = torch.arange(size)
-        member[r, :size] = 0
-        start = size
-        for number, branch in enumerate(row.branches, 1):
-            tokens = branch.code_ids + branch.token_ids
-            stop = start + len(tokens)
-            ids[r, start:stop] = torch.tensor(tokens)
-            positions[r, start:stop] = torch.arange(size, size + len(tokens))
-            member[r, start:stop] = number
-            spans.append((branch, r * length + start + len(branch.code_ids) - 1))
-            start = stop
-    return Batch(ids, positions, _allowed(member), *_answers(spans))
+def collate(rows: Sequence[TreeRow], pad_id: int, *, packed: bool = True, multiple: int = 1) -> Batch:
+    """Tensors of a micro batch; an empty one becomes a single padding token without answers.
+
+    `packed`: all rows in one, filled up to a multiple of `multiple`. Otherwise rows of one branch, padded on the right.
+    """
+    rows = rows or [TreeRow((pad_id,), ())]
+    lines = [_line(r) for r in rows]
+    if packed:
+        lines = [_joined(lines)]
+        size = len(lines[0].ids)
+        lines = [_joined([lines[0], _filler(-size % multiple, pad_id)])]
+    elif any(len(r.branches) > 1 for r in rows):
+        raise ValueError("rows of several branches need a packed batch")
+    length = max(len(line.ids) for line in lines)
+    ids, positions = torch.full((len(lines), length), pad_id), torch.zeros((len(lines), length), dtype=torch.long)
+    present = torch.zeros((len(lines), length), dtype=torch.bool)
+    for i, line in enumerate(lines):
+        ids[i, : len(line.ids)] = torch.tensor(line.ids)
+        positions[i, : len(line.ids)] = torch.tensor(line.positions)
+        present[i, : len(line.ids)] = True
+    answers = [(b, i * length + start) for i, line in enumerate(lines) for b, start in line.answers]
+    spans = torch.tensor([s for line in lines for s in line.spans])
+    return Batch(ids, positions, present, spans, *_answers(answers))
 
 
-def _allowed(member_RS: Tensor) -> Tensor:
-    query, key = member_RS[:, :, None], member_RS[:, None, :]
-    steps = torch.arange(member_RS.shape[1])
-    causal = steps[None, :, None] >= steps[None, None, :]
-    seen = causal & ((key == 0) | (key == query)) & (key >= 0)
-    # a padding query sees itself: a row without any key would give NaN
-    return seen | (torch.eye(member_RS.shape[1], dtype=torch.bool)[None] & (query < 0))
+class _Line(NamedTuple):
+    """One row as lists."""
+
+    ids: list[int]
+    positions: list[int]
+    spans: list[list[int]]
+    answers: list[tuple[Branch, int]]
+    """Each branch, and the column that predicts its answer's first token."""
+
+
+def _line(row: TreeRow) -> _Line:
+    size = len(row.prompt_ids)
+    line = _Line(list(row.prompt_ids), list(range(size)), [[0, size, 0, 0]] if size else [], [])
+    for branch in row.branches:
+        start = len(line.ids)
+        line.ids.extend(branch.code_ids + branch.token_ids)
+        line.positions.extend(range(size, size + len(line.ids) - start))
+        line.spans.append([start, len(line.ids), 0, size])
+        line.answers.append((branch, start + len(branch.code_ids) - 1))
+    return line
+
+
+def _filler(size: int, pad_id: int) -> _Line:
+    return _Line([pad_id] * size, list(range(size)), [[0, size, 0, 0]] if size else [], [])
+
+
+def _joined(lines: Sequence[_Line]) -> _Line:
+    made = _Line([], [], [], [])
+    for line in lines:
+        at = len(made.ids)
+        made.ids.extend(line.ids)
+        made.positions.extend(line.positions)
+        made.spans.extend([a + at, b + at, c + at, d + at] for a, b, c, d in line.spans)
+        made.answers.extend((branch, start + at) for branch, start in line.answers)
+    return made
 
 
 def _answers(spans: Sequence[tuple[Branch, int]]) -> tuple[Tensor, ...]:

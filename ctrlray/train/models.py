@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ctrlray import config
-from ctrlray.objectives.losses import Loss, clm, exmate
-from ctrlray.train.batches import Batch
+from ctrlray.objectives.losses import Loss, clm, exmate, sequence_mean
+from ctrlray.train.attention import MULTIPLES, TreePath, choose_path, run_packed
+from ctrlray.train.batches import Batch, TreeRow, collate
+from ctrlray.train.logprobs import Head, target_logp
 
 ADAPTER = "adapter.safetensors"
 ADAPTER_CARD = "adapter.json"
@@ -49,18 +51,31 @@ class ControlRows(nn.Module):
 class Learner(nn.Module):
     """The policy and its loss in one module, so that sharded engines gather parameters inside forward."""
 
-    def __init__(self, network: Any, objective: config.Objective, compute: torch.dtype, device: str = "cpu") -> None:
+    def __init__(
+        self, network: Any, objective: config.Objective, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None
+    ) -> None:
         super().__init__()
         self.network = network
         self.objective = objective
         self.compute = compute
         self.device_type = device
+        self.path: TreePath = path or choose_path(network, gpu=device == "cuda")
+        """How attention reads a batch; `separate` cannot share prompts."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether one pass can hold a prompt once and several answers to it."""
+        return self.path != "separate"
+
+    def collated(self, rows: Sequence[TreeRow], pad_id: int) -> Batch:
+        """A micro batch in the layout that this network's attention reads."""
+        return collate(rows, pad_id, packed=self.shares, multiple=MULTIPLES.get(self.path, 1))
 
     def forward(self, batch: Batch, num_tokens: float = 0.0, num_wrong: float = 0.0) -> Loss | Tensor:
         """The loss of a micro batch; with `num_tokens=0` the answers' mean log-probs, shape [N]."""
         logp = self.answer_logp(batch)
         if not num_tokens:
-            return (logp * batch.mask_NT).sum(-1) / batch.mask_NT.sum(-1).clamp_min(1)
+            return sequence_mean(logp, batch.mask_NT)
         right, wrong = batch.right_N, ~batch.right_N
         own = (logp[right], batch.mask_NT[right], batch.weight_N[right])
         if self.objective.type == "clm":
@@ -77,42 +92,51 @@ class Learner(nn.Module):
 
     def answer_logp(self, batch: Batch) -> Tensor:
         """Log-probs of the answers' tokens in nats, shape [N, T], 0 where the mask is 0. Logits exist only where answers are."""
+        counted = batch.mask_NT.bool()
         with torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32):
-            hidden: Tensor = self.network.base_model(
-                input_ids=batch.input_ids_RS,
-                position_ids=batch.position_ids_RS,
-                attention_mask=batch.allowed_RSS[:, None],
-                use_cache=False,
-            ).last_hidden_state  # [R, S, D]
-            counted = batch.mask_NT.bool()
-            where = batch.source_NT[counted]
-            logits = self.network.get_output_embeddings()(hidden.flatten(0, 1)[where])
-        picked = -nn.functional.cross_entropy(logits.float(), batch.target_NT[counted], reduction="none")
+            hidden = self._hidden(batch)  # [R, S, D]
+            picked = target_logp(Head.of(self.network), hidden.flatten(0, 1)[batch.source_NT[counted]], batch.target_NT[counted])
         out = torch.zeros(batch.mask_NT.shape, dtype=torch.float32, device=picked.device)
         spread: Tensor = out.masked_scatter(counted, picked)
         return spread + 0.0 * hidden.sum()  # an empty batch still reaches every parameter
 
+    def _hidden(self, batch: Batch) -> Tensor:
+        if self.shares:
+            return run_packed(self.network, self.path, batch.input_ids_RS[0], batch.position_ids_RS[0], batch.spans_K4)
+        out = self.network.base_model(input_ids=batch.input_ids_RS, attention_mask=batch.present_RS.long(), use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
 
 def load_learner(
-    folder: str, objective: config.Objective, lora: config.LoRA | None, control_ids: Sequence[int], dtype: str, device: str
+    folder: str,
+    objective: config.Objective,
+    settings: config.Optimization,
+    control_ids: Sequence[int],
+    dtype: str,
+    device: str,
 ) -> Learner:
     """The prepared base with its trainable parameters in float32 and everything else frozen in `dtype`."""
     from transformers import AutoModelForCausalLM
 
     compute = getattr(torch, dtype)
-    network = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32 if lora is None else compute, attn_implementation="sdpa"
-    )
+    lora = settings.lora
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if lora is None else compute)
+    network.to(device)
+    path = choose_path(network, gpu=device == "cuda")
     if lora is not None:
         network.requires_grad_(False)
-        _add_lora(network, lora)
+        add_lora(network, lora)
         if control_ids:
             network.set_input_embeddings(ControlRows(network.get_input_embeddings(), control_ids))
+    if settings.activation_checkpointing:
+        network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network.train()
-    return Learner(network, objective, compute, device).to(device)
+    return Learner(network, objective, compute, device, path).to(device)
 
 
-def _add_lora(network: Any, lora: config.LoRA) -> None:
+def add_lora(network: Any, lora: config.LoRA) -> None:
+    """Put LoRA adapters in float32 beside every linear layer but the output layer; they train, nothing else changes."""
     from peft import LoraConfig, inject_adapter_in_model
 
     head = network.get_output_embeddings()

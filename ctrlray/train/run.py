@@ -54,7 +54,11 @@ def run(
             watched(objective.type, partial(_fit, task, name, out), place, progress, patience)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
-        facts[objective.type] = {"steps": len(curves), "seconds": round(sum(p["seconds"] for p in curves), 1)}
+        facts[objective.type] = {
+            "steps": len(curves),
+            "seconds": round(sum(p["seconds"] for p in curves), 1),
+            "path": place.read_json("done.json")["path"],
+        }
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
 
 

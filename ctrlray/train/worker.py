@@ -18,6 +18,8 @@ from ctrlray.models import PreparedBase
 from ctrlray.tables import Storage, from_rows
 
 _RECENT_STEPS = 100
+SNAPSHOT = "snapshot.safetensors"
+"""Parameters and moments by name, as `Trainer.snapshot` gives them."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +81,15 @@ class _Loop:
         learner = load_learner(
             task.base.folder,
             task.objective,
-            task.settings.lora,
+            task.settings,
             task.base.control_ids,
             task.dtype,
             "cuda" if gpu else "cpu",
         )
-        self.trainer = Trainer(learner, parameter_groups(learner, task.settings), task.settings, gpu=gpu)
+        self.learner = learner
+        masters = gpu and task.settings.lora is None and task.dtype == "bfloat16"
+        groups = parameter_groups(learner, task.settings)
+        self.trainer = Trainer(learner, groups, task.settings, gpu=gpu, bf16_masters=masters)
         self.curves: list[dict[str, float]] = []
         self._load_examples()
 
@@ -127,20 +132,28 @@ class _Loop:
             self.task.out.write_json({"step": len(self.curves), "steps": len(self.steps), "recent": recent}, "progress.json")
 
     def _step(self, step: int) -> dict[str, float]:
-        from ctrlray.train.batches import collate, shard, tree_rows
+        import torch
+
+        from ctrlray.train.batches import shard, tree_rows
         from ctrlray.train.engine import learning_rate_factor
 
         s, began = self.task.settings, time.perf_counter()
+        # drawn anew for each step and rank: a resumed run drops out what an undisturbed one does
+        torch.manual_seed(int(schema.digest(self.task.seed, step, self.rank), 16) % 2**63)
         wrong = self.task.objective.type == "exmate" and self.task.objective.weight > 0
         chosen = [(i, self.train[i]) for i in self.steps[step]]
-        rows = tree_rows(chosen, wrong=wrong, share=s.share_prompts)
+        rows = tree_rows(chosen, wrong=wrong, share=s.share_prompts and self.learner.shares)
         branches = [b for row in rows for b in row.branches]
         num_tokens = sum(b.weight * len(b.token_ids) for b in branches if b.right)
         num_wrong = sum(not b.right for b in branches)
-        mine = shard(rows, self.ranks, s.micro_batch_tokens)[self.rank]
+        mine = shard(rows, self.ranks, s.micro_batch_tokens, packed=self.learner.shares)[self.rank]
         rate = learning_rate_factor(step, len(self.steps), s.warmup)
         parts = self.trainer.step(
-            [collate(m, self.pad_id) for m in mine], rate, num_tokens=num_tokens, num_wrong=num_wrong, ranks=self.ranks
+            [self.learner.collated(m, self.pad_id) for m in mine],
+            rate,
+            ranks=self.ranks,
+            num_tokens=num_tokens,
+            num_wrong=num_wrong,
         )
         tokens = sum(r.num_tokens for r in rows)
         parts = sum_over_ranks(parts, self.ranks)
@@ -151,13 +164,14 @@ class _Loop:
             "lr": s.learning_rate * rate,
             "tokens": tokens,
             "seconds": time.perf_counter() - began,
+            **{f"{phase}_s": seconds for phase, seconds in self.trainer.phases.items()},
         }
 
     def _code_gaps(self, limit: int | None) -> list[dict[str, Any]]:
         """NLL of held-out examples under their own code and under every other code of the grid, sharded over ranks."""
         import torch.distributed as dist
 
-        from ctrlray.train.batches import TrainExample, collate, shard, tree_rows
+        from ctrlray.train.batches import TrainExample, shard, tree_rows
 
         rows = sorted(self.valid_rows, key=lambda r: schema.digest(self.task.seed, r["example_id"]))[:limit]
         names, found = self.task.space.names, []
@@ -167,18 +181,16 @@ class _Loop:
             cells = [own, *(c for c in self.task.space.cells() if c != own)]
             prompts = tuple(tuple(self.renderer.render(row["messages"], c)) for c in cells)
             pairs.append((i, TrainExample(prompts, (tuple(row["token_ids"]),) * len(cells), 1.0, row["example_id"])))
-        for micro in (
-            shard(tree_rows(pairs, wrong=True, share=True), self.ranks, self.task.settings.micro_batch_tokens)[self.rank]
-            if pairs
-            else []
-        ):
-            batch = collate(micro, self.pad_id)
+        shares, most = self.learner.shares, self.task.settings.micro_batch_tokens
+        rows_of_pairs = tree_rows(pairs, wrong=True, share=shares)
+        for micro in shard(rows_of_pairs, self.ranks, most, packed=shares)[self.rank] if pairs else []:
+            batch = self.learner.collated(micro, self.pad_id)
             nll = -self.trainer.measure(batch)
             found += list(zip(batch.example_N.tolist(), batch.right_N.tolist(), nll.tolist(), strict=True))
-        shares: list[Any] = [None] * self.ranks
-        dist.all_gather_object(shares, found)
+        gathered: list[Any] = [None] * self.ranks
+        dist.all_gather_object(gathered, found)
         by_example: dict[int, tuple[list[float], list[float]]] = {}
-        for index, right, value in (f for share in shares for f in share):
+        for index, right, value in (f for share in gathered for f in share):
             by_example.setdefault(index, ([], []))[0 if right else 1].append(value)
         return [
             {
@@ -193,26 +205,31 @@ class _Loop:
 
     def _resume(self) -> int:
         import ray.train
+        from safetensors.torch import load_file
 
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return 0
         with checkpoint.as_directory() as folder:
             note = json.loads((Path(folder) / "progress.json").read_text())
-            self.trainer.load(Path(folder))
+            self.trainer.restore(load_file(Path(folder) / SNAPSHOT), int(note["step"]))
         self.curves = note["curves"]
         return int(note["step"])
 
     def _report(self, point: dict[str, float], gaps: list[dict[str, Any]] | None) -> None:
         """Checkpoint through Ray Train; at the end also write the adapter, the gaps and the curves."""
         import ray.train
+        from safetensors.torch import save_file
 
         if gaps is not None:
             self._write_results(gaps)
+        state = self.trainer.snapshot()
+        if self.rank != 0:
+            ray.train.report(dict(point))
+            return
         with tempfile.TemporaryDirectory() as scratch:
-            self.trainer.save(Path(scratch))
-            if self.rank == 0:
-                (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
+            save_file(state, Path(scratch) / SNAPSHOT)
+            (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
             ray.train.report(dict(point), checkpoint=ray.train.Checkpoint.from_directory(scratch))
 
     def _write_results(self, gaps: list[dict[str, Any]]) -> None:
@@ -231,7 +248,8 @@ class _Loop:
         out.write_json(self.curves, "curves.json")
         if out.is_local:
             _write_tensorboard(self.curves, out.path("tensorboard"))
-        out.write_json({"key": self.task.key, "steps": len(self.steps)}, "done.json")
+        note = {"key": self.task.key, "steps": len(self.steps), "path": self.learner.path}
+        out.write_json(note, "done.json")
 
 
 def sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:

@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from ctrlray.train.batches import TrainExample, collate, epoch_steps, shard, tree_rows
+from ctrlray.train.batches import Branch, TrainExample, TreeRow, collate, epoch_steps, shard, tree_rows
 
 A = TrainExample(prompts=((1, 2, 8), (1, 2, 9)), responses=((5, 6), (5, 6)), weight=1.0, group="p")
 B = TrainExample(prompts=((1, 2, 9), (1, 2, 8)), responses=((7,), (7,)), weight=2.0, group="p")
@@ -17,50 +16,32 @@ def test_tree_row_by_hand():
     assert row.num_tokens == 2 + 3 + 3 + 2 + 2
 
 
-def test_collate_by_hand():
-    (row,) = tree_rows([(0, A)], wrong=True, share=True)
-    batch = collate([row], pad_id=0)
-    assert batch.input_ids_RS.tolist() == [[1, 2, 8, 5, 6, 9, 5, 6]]
-    assert batch.position_ids_RS.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4]]
-    assert batch.source_NT.tolist() == [[2, 3], [5, 6]]  # the code predicts the first token, each token the next
-    assert batch.target_NT.tolist() == [[5, 6], [5, 6]]
-    seen = batch.allowed_RSS[0]
-    assert seen[7].tolist() == [True, True, False, False, False, True, True, True]  # prompt and its own branch only
-    assert seen[4].tolist() == [True, True, True, True, True, False, False, False]
+def test_packed_row_by_hand():
+    rows = [*tree_rows([(0, A)], wrong=True, share=True), TreeRow((4,), (Branch((8,), (7,), True, 1.0, 1),))]
+    batch = collate(rows, pad_id=0, multiple=4)
+    assert batch.input_ids_RS.tolist() == [[1, 2, 8, 5, 6, 9, 5, 6, 4, 8, 7, 0]]
+    assert batch.position_ids_RS.tolist() == [[0, 1, 2, 3, 4, 2, 3, 4, 0, 1, 2, 0]]
+    assert batch.spans_K4[:5].tolist() == [[0, 2, 0, 0], [2, 5, 0, 2], [5, 8, 0, 2], [8, 9, 0, 0], [9, 11, 8, 9]]
+    assert batch.spans_K4[5, :2].tolist() == [11, 12] and batch.spans_K4[5, 2] == batch.spans_K4[5, 3]  # the filler
+    # the code predicts the first token, each token the next; the last branch has one token
+    assert batch.source_NT.tolist() == [[2, 3], [5, 6], [9, 0]]
+    assert batch.target_NT.tolist() == [[5, 6], [5, 6], [7, 0]]
+    assert batch.mask_NT.tolist() == [[1, 1], [1, 1], [1, 0]]
+
+
+def test_padded_rows_by_hand():
+    batch = collate(tree_rows([(0, A), (1, B)], wrong=False, share=False), pad_id=0, packed=False)
+    assert batch.input_ids_RS.tolist() == [[1, 2, 8, 5, 6], [1, 2, 9, 7, 0]]
+    assert batch.present_RS.tolist() == [[True] * 5, [True] * 4 + [False]]
+    assert batch.source_NT.tolist() == [[2, 3], [7, 0]]
+    with pytest.raises(ValueError, match="several branches"):
+        collate(tree_rows([(0, A)], wrong=True, share=True), pad_id=0, packed=False)
 
 
 def test_unshared_rows_have_one_branch():
     rows = tree_rows([(0, A), (1, B)], wrong=True, share=False)
     assert [len(r.branches) for r in rows] == [1, 1, 1, 1]
     assert len(tree_rows([(0, A), (1, B)], wrong=False, share=False)) == 2
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
-def test_shared_pass_equals_separate_passes(kind):
-    """Log-probs and gradients of branches in one tree row equal those of ordinary sequences, in float32."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from ctrlray.config import ExMATE
-    from ctrlray.train.models import Learner
-
-    torch.manual_seed(0)
-    settings = AutoConfig.for_model(
-        kind, vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, pad_token_id=0, sliding_window=None, attention_dropout=0.0,
-    )  # fmt: skip
-    network = AutoModelForCausalLM.from_config(settings, attn_implementation="sdpa")
-    learner = Learner(network, ExMATE(weight=0.7), torch.float32)
-    examples = [(0, A), (1, B)]
-    grads = []
-    for share in (True, False):
-        network.zero_grad()
-        batch = collate(tree_rows(examples, wrong=True, share=share), pad_id=0)
-        loss = learner(batch, num_tokens=4.0, num_wrong=2.0)
-        loss.total.backward()
-        grads.append((loss.total.item(), {n: p.grad.clone() for n, p in network.named_parameters()}))
-    assert grads[0][0] == pytest.approx(grads[1][0], abs=1e-5)
-    for name, grad in grads[0][1].items():
-        assert torch.allclose(grad, grads[1][1][name], atol=1e-5), name
 
 
 def test_steps_cover_each_example_once():
@@ -76,6 +57,20 @@ def test_every_rank_has_as_many_micro_batches():
     assert len(shards[0]) == len(shards[1])
     assert sorted(r.branches[0].example for rank in shards for micro in rank for r in micro) == [0, 1, 2, 3, 4]
     assert all(sum(r.num_tokens for r in micro) <= 10 for rank in shards for micro in rank)
+
+
+def test_padding_counts_towards_a_padded_micro_batch():
+    examples = [(i, TrainExample(((1,),), (tuple([5] * n),), 1.0, f"p{i}")) for i, n in enumerate((9, 4, 4, 1))]
+    rows = tree_rows(examples, wrong=False, share=False)  # 10, 5, 5 and 2 tokens
+    lengths = lambda packed: [[r.num_tokens for r in m] for m in shard(rows, 1, 20, packed=packed)[0]]  # noqa: E731
+    assert lengths(True) == [[10, 5, 5], [2]]
+    assert lengths(False) == [[10, 5], [5, 2]]
+
+
+def test_packs_fill_the_room_that_is_left():
+    examples = [(i, TrainExample(((1,),), (tuple([5] * n),), 1.0, f"p{i}")) for i, n in enumerate((7, 6, 2, 1))]
+    packs = shard(tree_rows(examples, wrong=False, share=False), 1, 11)[0]  # rows of 8, 7, 3, 2
+    assert [[r.num_tokens for r in m] for m in packs] == [[8, 3], [7, 2]]
 
 
 def test_ranks_carry_alike():

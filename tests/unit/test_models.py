@@ -9,7 +9,7 @@ import torch
 from ctrlray import config, models
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ConfigError
-from ctrlray.train.batches import TrainExample, collate, tree_rows
+from ctrlray.train.batches import TrainExample, tree_rows
 from ctrlray.train.models import ADAPTER, ADAPTER_CARD, load_learner, merge, parameter_groups, trained_state
 
 SPACE = ControlSpace((config.Attribute(name="brevity", levels=3), config.Attribute(name="variety", levels=2)))
@@ -78,9 +78,10 @@ def test_merged_weights_equal_the_learner(base, tmp_path, lora):
 
     render = base.renderer(SPACE).render
     prompts = tuple(tuple(render([{"role": "user", "content": "q"}], c)) for c in ((1, 1), (3, 2)))
-    batch = collate(tree_rows([(0, TrainExample(prompts, ((5, 6, 7),) * 2, 1.0, "p"))], wrong=True, share=True), 0)
-    learner = load_learner(base.folder, config.ExMATE(weight=1.0), lora, base.control_ids, "float32", "cpu")
-    groups = parameter_groups(learner, config.Train(lora=lora, learning_rate=1e-2))
+    settings = config.Train(lora=lora, learning_rate=1e-2)
+    learner = load_learner(base.folder, config.ExMATE(weight=1.0), settings, base.control_ids, "float32", "cpu")
+    batch = learner.collated(tree_rows([(0, TrainExample(prompts, ((5, 6, 7),) * 2, 1.0, "p"))], wrong=True, share=True), 0)
+    groups = parameter_groups(learner, settings)
     assert len(groups) == (2 if lora else 1)
     optimizer = torch.optim.AdamW(groups)
     for _ in range(3):
@@ -92,8 +93,8 @@ def test_merged_weights_equal_the_learner(base, tmp_path, lora):
     save_file(state, tmp_path / "adapter" / ADAPTER)
     (tmp_path / "adapter" / ADAPTER_CARD).write_text(json.dumps(card))
     merge(base.folder, str(tmp_path / "adapter"), str(tmp_path / "merged"))
-    again = load_learner(str(tmp_path / "merged"), config.CLM(), None, (), "float32", "cpu")
-    start = load_learner(base.folder, config.CLM(), None, (), "float32", "cpu")
+    again = load_learner(str(tmp_path / "merged"), config.CLM(), config.Train(lora=None), (), "float32", "cpu")
+    start = load_learner(base.folder, config.CLM(), config.Train(lora=None), (), "float32", "cpu")
     with torch.no_grad():
         want, got, untrained = learner(batch), again(batch), start(batch)
     assert torch.allclose(want, got, atol=1e-4)
@@ -109,3 +110,30 @@ def test_merge_refuses_foreign_tensors(base, tmp_path):
     (tmp_path / "adapter" / ADAPTER_CARD).write_text(json.dumps({"lora_scale": 1.0, "control_ids": []}))
     with pytest.raises(ValueError, match=r"model.unknown.weight"):
         merge(base.folder, str(tmp_path / "adapter"), str(tmp_path / "merged"))
+
+
+def one_pass(base, **settings):
+    """A learner after one backward pass, and its gradients by name."""
+    torch.manual_seed(0)
+    learner = load_learner(base.folder, config.ExMATE(), config.Train(**settings), base.control_ids, "float32", "cpu")
+    prompts = tuple(tuple(base.renderer(SPACE).render([{"role": "user", "content": "q"}], c)) for c in ((1, 1), (3, 2)))
+    rows = tree_rows([(0, TrainExample(prompts, ((5, 6, 7),) * 2, 1.0, "p"))], wrong=True, share=True)
+    learner(learner.collated(rows, 0), num_tokens=3.0, num_wrong=1.0).total.backward()
+    return learner, {n: p.grad for n, p in learner.named_parameters() if p.grad is not None}
+
+
+def test_only_adapters_and_control_rows_have_gradients(base):
+    """No gradient of the embedding matrix's size, though its control rows train."""
+    learner, grads = one_pass(base)
+    assert all("lora_" in n or n.endswith("embed_tokens.rows") for n in grads)
+    rows = grads["network.model.embed_tokens.rows"]
+    used = [i - base.control_ids[0] for i in base.renderer(SPACE).code_ids((1, 1)) + base.renderer(SPACE).code_ids((3, 2))]
+    assert rows.shape == (5, 64) and [i for i in range(5) if rows[i].any()] == sorted(used)
+    assert learner.network.get_input_embeddings().base.weight.grad is None
+
+
+def test_checkpointed_activations_give_the_same_gradients(base):
+    plain, spared = one_pass(base)[1], one_pass(base, activation_checkpointing=True)[1]
+    assert plain.keys() == spared.keys() and all(torch.equal(plain[n], spared[n]) for n in plain)
+    learner, _ = one_pass(base, activation_checkpointing=True)
+    assert all(block.gradient_checkpointing for block in learner.network.model.layers)

@@ -33,11 +33,14 @@ def test_parameters_by_hand():
 
 def test_worker_memory_by_hand():
     train = config.Train(lora=None, micro_batch_tokens=64, workers=2, zero_stage=2)
-    shape = Shape(parameters=2**28, layers=1, hidden=64, heads=1, vocabulary=1024, linear=0)
+    shape = Shape(parameters=2**28, layers=1, hidden=64, linear=0)
     # float32 weights 1 GiB; Adam's 8 bytes and the gradients' 4 halved over two ranks: 1 + 0.5 GiB; process 1.2
-    activations = (34 * 64 * 64 + 5 * 64**2) * 2
-    logits = 64 * 1024 * 8
+    activations = 2 * 34 * 64 * 64 * 2  # 34 bytes at 2 a value, 68 at 4; twice for what the allocator keeps
+    logits = 2**23 * (4 + 4 + 4)  # in float32: logits, chances, and these again in the weights' dtype
     assert worker_gib(train, shape) == pytest.approx(1.2 + 1 + 1 + 0.5 + (activations + logits) / 2**30)
+    spared = train.model_copy(update={"activation_checkpointing": True, "micro_batch_tokens": 4096})
+    # four blocks' inputs and one block's activations, 17 values each, instead of four times 17
+    assert worker_gib(spared, Shape(2**28, 4, 64, 0)) == pytest.approx(3.7 + (2 * 21 * 4096 * 64 * 4 + logits) / 2**30)
     sharded = worker_gib(train.model_copy(update={"zero_stage": 3}), shape)
     assert sharded == pytest.approx(worker_gib(train, shape) - 0.5)
 

@@ -1,0 +1,104 @@
+"""Log-probs of answers' tokens out of hidden states, a few tokens at a time: all logits of a batch never exist at once.
+
+Shape key: N answer tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ctrlray.placement import LOGITS_AT_ONCE
+
+
+class Head(NamedTuple):
+    """An output layer as transformers' causal models compute it: `cap * tanh(scale * (W h + b) / cap)`."""
+
+    layer: nn.Linear
+    scale: float
+    cap: float | None
+
+    @classmethod
+    def of(cls, network: Any) -> Head:
+        """The head of a network, with what its family does to logits (Gemma caps, Cohere and Granite scale them)."""
+        settings = network.config
+        scale = getattr(settings, "logit_scale", None) or 1.0
+        scale /= getattr(settings, "logits_scaling", None) or 1.0
+        return cls(network.get_output_embeddings(), scale, getattr(settings, "final_logit_softcapping", None))
+
+    def shaped(self, raw: Tensor) -> Tensor:
+        """What the family does to raw logits."""
+        scaled = raw * self.scale if self.scale != 1.0 else raw
+        return torch.tanh(scaled / self.cap) * self.cap if self.cap else scaled
+
+
+def target_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    """Log-probs of target tokens in nats, float32 [N].
+
+    A frozen head's gradient is taken in the forward pass, where the logits are: the Jacobian of a token's log-prob is one
+    row of size D, and a loss may combine log-probs as it likes. A head that trains computes its chunks again instead.
+    """
+    if any(p.requires_grad for p in head.layer.parameters()):
+        rows = max(16, LOGITS_AT_ONCE // head.layer.out_features)
+        pieces = zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True)
+        return torch.cat([checkpoint(_plain_logp, head, h, t, use_reentrant=False) for h, t in pieces])
+    with whole(head.layer):
+        found: Tensor = _FrozenHead.apply(hidden_ND.to(head.layer.weight.dtype), target_N, head)  # type: ignore[no-untyped-call]
+    return found
+
+
+def _plain_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
+    return -nn.functional.cross_entropy(head.shaped(head.layer(hidden_ND)).float(), target_N, reduction="none")
+
+
+class _FrozenHead(torch.autograd.Function):
+    """d logp_i / d h_i = scale * (c_t W_t - sum_v p_v c_v W_v), with c = 1 - (z / cap)^2 the slope of the cap."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:
+        wanted = hidden_ND.requires_grad
+        weight, bias = head.layer.weight, head.layer.bias
+        rows = max(16, LOGITS_AT_ONCE // len(weight))
+        logp_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
+        jacobian_ND = torch.empty_like(hidden_ND) if wanted else None
+        for start in range(0, len(target_N), rows):
+            piece = slice(start, start + rows)
+            target = target_N[piece, None]
+            logits = head.shaped(nn.functional.linear(hidden_ND[piece], weight, bias))
+            chances = torch.softmax(logits, -1, dtype=torch.float32)
+            top, likeliest = chances.max(-1, keepdim=True)  # at least 1 / V, so its log is exact where a rare target's is not
+            total = logits.gather(1, likeliest).float() - top.log()
+            logp_N[piece] = (logits.gather(1, target).float() - total)[:, 0]
+            if jacobian_ND is not None:
+                slope = 1 - (logits.float() / head.cap) ** 2 if head.cap else None
+                towards = weight[target[:, 0]]
+                if slope is not None:
+                    chances, towards = chances * slope, towards * slope.gather(1, target).to(weight.dtype)
+                torch.sub(towards, chances.to(weight.dtype) @ weight, out=jacobian_ND[piece])
+        if jacobian_ND is not None:
+            ctx.save_for_backward(jacobian_ND)
+        ctx.scale = head.scale
+        return logp_N
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (jacobian_ND,) = ctx.saved_tensors
+        return jacobian_ND * (grads[0] * ctx.scale).to(jacobian_ND.dtype)[:, None], None, None
+
+
+@contextlib.contextmanager
+def whole(layer: nn.Module) -> Iterator[None]:
+    """The layer's parameters unsharded: ZeRO-3 keeps a part of each on every rank."""
+    sharded = [p for p in layer.parameters() if hasattr(p, "ds_id")]
+    if not sharded:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(sharded):
+        yield

@@ -1,0 +1,81 @@
+"""Log-probs out of hidden states: the usual numbers, without all logits at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ctrlray.config import ExMATE
+from ctrlray.train import logprobs
+from ctrlray.train.batches import TrainExample, tree_rows
+from ctrlray.train.logprobs import Head, target_logp
+from ctrlray.train.models import Learner
+
+
+def head(cap=None, scale=1.0, bias=False, frozen=True):
+    torch.manual_seed(1)
+    layer = nn.Linear(6, 50, bias=bias).double()
+    layer.requires_grad_(not frozen)
+    return Head(layer, scale, cap)
+
+
+def plain(h, hidden, target):
+    raw = h.layer(hidden) * h.scale
+    logits = h.cap * torch.tanh(raw / h.cap) if h.cap else raw
+    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("given", [{}, {"cap": 0.8}, {"scale": 3.0}, {"bias": True, "cap": 1.5, "scale": 0.5}, {"frozen": False}])
+def test_log_probs_and_gradients_in_chunks(given, monkeypatch):
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 16 * 50)  # 37 tokens in three chunks
+    h = head(**given)
+    hidden, target = torch.randn(37, 6, dtype=torch.float64, requires_grad=True), torch.randint(50, (37,))
+    wanted = [hidden, *(p for p in h.layer.parameters() if p.requires_grad)]
+    mine, usual = target_logp(h, hidden, target), plain(h, hidden, target)
+    assert torch.allclose(mine.double(), usual, atol=1e-6)
+    loss = lambda logp: (logp.exp() * torch.arange(37)).sum()  # noqa: E731  # anything but a plain sum
+    pairs = zip(torch.autograd.grad(loss(mine), wanted), torch.autograd.grad(loss(usual), wanted), strict=True)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+def test_unlikely_targets_keep_their_log_prob():
+    """exp(-200) is no float32; its log still is."""
+    layer = nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.eye(2) * 200
+    layer.requires_grad_(False)
+    assert target_logp(Head(layer, 1.0, None), torch.tensor([[1.0, 0.0]]), torch.tensor([1])).item() == pytest.approx(-200.0)
+
+
+class Largest(TorchDispatchMode):
+    """Most values of any tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for made in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(made, torch.Tensor):
+                self.values = max(self.values, made.numel())
+        return out
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_tensor_of_all_logits_ever(monkeypatch, frozen):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    vocabulary, tokens = 3000, 200
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 16 * vocabulary)
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings = AutoConfig.for_model("llama", vocab_size=vocabulary, tie_word_embeddings=False, **sizes)
+    net = AutoModelForCausalLM.from_config(settings)
+    net.get_output_embeddings().requires_grad_(not frozen)
+    learner = Learner(net, ExMATE(weight=0.5), torch.float32)
+    example = TrainExample(((1, 2, 8), (1, 2, 9)), (tuple(range(tokens)),) * 2, 1.0, "p")
+    batch = learner.collated(tree_rows([(0, example)], wrong=True, share=True), 0)  # 405 tokens, 400 of answers
+    with Largest() as seen:
+        learner(batch, num_tokens=200.0, num_wrong=1.0).total.backward()
+    assert 16 * vocabulary <= seen.values < 400 * vocabulary / 4
