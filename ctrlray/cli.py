@@ -9,7 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
@@ -17,6 +17,10 @@ from click.shell_completion import CompletionItem, get_completion_class
 from ctrlray import __version__
 from ctrlray.config import Job, load_job, packaged_jobs, setting_names
 from ctrlray.errors import CtrlRayError
+
+if TYPE_CHECKING:
+    from ctrlray.console import Console
+    from ctrlray.rewards.job import RewardTrainJob
 
 _EXAMPLES = {
     "pipeline": "ctrlray pipeline\nctrlray pipeline job.yaml\nctrlray pipeline job.yaml --set train.epochs=3 --dry-run",
@@ -254,37 +258,98 @@ def _reward() -> None:
     """Reward models."""
 
 
-@_command(_reward, "train", "Fit reward heads from preference pairs.", "ctrlray reward train jobs/reward-heads/job.yaml")
-@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-def _reward_train(job: Path, debug: bool) -> None:
-    from ctrlray.rewards.measure import card_text
+_REWARD_TRAIN = "ctrlray reward train jobs/reward-heads/job.yaml\nctrlray reward train jobs/reward-model/job.yaml --set seed=1"
+_REWARD_EVALUATE = (
+    "ctrlray reward evaluate jobs/reward-model/job.yaml\n"
+    "ctrlray reward evaluate evaluate.yaml --set max_rows=200\n"
+    "ctrlray reward evaluate /models/tact --data kindness=pairs.jsonl"
+)
 
+
+def _reward_options(function: Any) -> Any:
+    for option in (
+        click.option(
+            "--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the job file; repeatable."
+        ),
+        click.option("--debug", is_flag=True, help="Print the traceback of an error."),
+    ):
+        function = option(function)
+    return function
+
+
+@_command(_reward, "train", "Make a reward from human labels: heads on a frozen model, or a fine-tuned one.", _REWARD_TRAIN)
+@_reward_options
+@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def _reward_train(job: Path, overrides: tuple[str, ...], debug: bool) -> None:
     try:
-        click.echo(card_text(_fit_heads(job)))
+        click.echo(_train_reward(job, overrides))
     except Exception as error:
         _fail(error, debug)
 
 
-def _fit_heads(path: Path) -> dict[str, Any]:
-    """Sample the pool where the job names a job file for it, then make the heads; returns their card."""
-    import yaml
-
+def _train_reward(path: Path, overrides: Sequence[str]) -> str:
+    """Do what the job's method says; returns the card's text."""
     from ctrlray import pipeline
-    from ctrlray.config import parse
+    from ctrlray.config import parse, read_job
     from ctrlray.console import Console
-    from ctrlray.rewards.train import RewardTrainJob, read_pool, train_heads
+    from ctrlray.rewards.job import RewardTrainJob
 
-    job = parse(RewardTrainJob, yaml.safe_load(path.read_text()), where=str(path))
+    job = parse(RewardTrainJob, read_job(path, overrides), where=str(path))
     with Console(str(job.folder)) as console:
-        if job.pool and job.pool.endswith((".yaml", ".yml")):
-            pool = pipeline.finished_answers(load_job(path.parent / job.pool), console.stage)
-        else:
-            pool = read_pool(job.pool) if job.pool else []
+        if job.method.type == "heads":
+            return _fit_heads(job, path, console)
+        from ctrlray.rewards.finetune import card_text, finetune
+
         pipeline.start_ray(job.cluster)
-        card = train_heads(job, pool, progress=console.stage("features"))
-        console.print(f"heads   {job.folder / job.name}.safetensors")
-    return card
+        card = finetune(job, progress=console.stage("reward"))
+        console.print(f"model   {job.folder / job.name}")
+        return card_text(card)
+
+
+def _fit_heads(job: RewardTrainJob, path: Path, console: Console) -> str:
+    """Sample the pool where the job names a job file for it, then make the heads."""
+    from ctrlray import pipeline
+    from ctrlray.rewards.measure import card_text
+    from ctrlray.rewards.train import read_pool, train_heads
+
+    assert job.method.type == "heads"
+    wanted = job.method.pool
+    if wanted and wanted.endswith((".yaml", ".yml")):
+        pool = pipeline.finished_answers(load_job(path.parent / wanted), console.stage)
+    else:
+        pool = read_pool(wanted) if wanted else []
+    pipeline.start_ray(job.cluster)
+    card = train_heads(job, pool, progress=console.stage("features"))
+    console.print(f"heads   {job.folder / job.name}.safetensors")
+    return card_text(card)
+
+
+_REWARD_EVALUATE_TEXT = """Hold a reward against human labels, source by source.
+
+JOB is the file of an evaluation (name, reward, sources), or that of `reward train`, whose result is held against its valid
+files. REWARD is a model folder, a heads file or `embedded`; --data says what to hold it against."""
+
+
+@_command(_reward, "evaluate", _REWARD_EVALUATE_TEXT, _REWARD_EVALUATE)
+@click.option("--data", multiple=True, metavar="[ATTRIBUTE=]FILE", help="Labels, where no job file names them; repeatable.")
+@_reward_options
+@click.argument("what", metavar="JOB_OR_REWARD")
+def _reward_evaluate(what: str, data: tuple[str, ...], overrides: tuple[str, ...], debug: bool) -> None:
+    from ctrlray import pipeline
+    from ctrlray.console import Console
+
+    try:
+        from ctrlray.rewards.evaluate import card_text, evaluate
+        from ctrlray.rewards.target import evaluation_of
+
+        job = evaluation_of(what, data, overrides)
+        with Console(str(job.folder)) as console:
+            pipeline.start_ray(job.cluster)
+            card = evaluate(job, console.stage("score"))
+            console.print(f"card    {job.folder / job.name}.md")
+        click.echo(card_text(card))
+    except Exception as error:
+        _fail(error, debug)
 
 
 @main.group("config")

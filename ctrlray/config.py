@@ -601,6 +601,11 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
     `overrides` are `a.b=c` assignments; values are YAML. Raises ConfigError with field, value and next step.
     """
     path = _find(source or QUICKSTART)
+    return parse(Job, read_job(path, overrides), where=str(path))
+
+
+def read_job(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A job file's settings with `overrides` (`a.b=c`) in them, not yet checked."""
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -608,8 +613,8 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: a job file is a mapping of settings, got {type(raw).__name__}")
     for assignment in overrides:
-        _assign(raw, assignment)
-    return parse(Job, raw, where=str(path))
+        assign(raw, assignment)
+    return raw
 
 
 def setting_names(kind: type[Frozen] = Job, path: str = "") -> list[str]:
@@ -645,7 +650,8 @@ def _find(source: str | Path) -> Path:
     return path
 
 
-def _assign(raw: dict[str, Any], assignment: str) -> None:
+def assign(raw: dict[str, Any], assignment: str) -> None:
+    """Put one `a.b=c` into a job's settings; ConfigError where it has no place."""
     key, sep, text = assignment.partition("=")
     if not sep or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"--set {assignment!r}: write it as a.b=value, for example train.epochs=3")

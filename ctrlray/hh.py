@@ -1,17 +1,13 @@
 r"""Anthropic HH's native preference files: dialogues in, (messages, chosen, rejected) out.
 
-A line is `{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}`; both share all turns but the last answer.
+A row is `{"chosen": "\n\nHuman: ...\n\nAssistant: ...", "rejected": ...}`; both share all turns but the last answer.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 from ctrlray.errors import DataError
 from ctrlray.schema import Message, first_human_turn
@@ -27,6 +23,8 @@ class Pair:
     messages: tuple[Message, ...]
     chosen: str
     rejected: str
+    margin: float | None = None
+    """By how much, in log-odds; None where the labels do not say."""
 
 
 def judge_half(first_turn: str) -> bool:
@@ -61,31 +59,3 @@ def parse_pair(chosen: str, rejected: str) -> Pair:
     if a[:-1] != b[:-1]:
         raise DataError(f"chosen and rejected differ before the last answer: {first_human_turn(a)[:60]!r}")
     return Pair(tuple(a[:-1]), a[-1]["content"], b[-1]["content"])
-
-
-def read_pairs(path: str | Path) -> tuple[list[Pair], dict[str, int]]:
-    """Usable pairs of a jsonl or jsonl.gz file, and how many rows were dropped for which reason.
-
-    `$CTRLRAY_DATA` and other variables in the path are expanded. Dropped: rows that do not parse, empty or equal answers.
-    """
-    file = Path(os.path.expandvars(str(path))).expanduser()
-    if not file.is_file():
-        hint = "; set CTRLRAY_DATA to the folder that holds hh/" if "CTRLRAY_DATA" in str(path) else ""
-        raise DataError(f"no preference file at {file}{hint}")
-    pairs: list[Pair] = []
-    dropped = {"unparsable": 0, "empty answer": 0, "equal answers": 0}
-    with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as lines:
-        for line in lines:
-            try:
-                row = json.loads(line)
-                pair = parse_pair(row["chosen"], row["rejected"])
-            except (ValueError, KeyError, TypeError, AttributeError):
-                dropped["unparsable"] += 1
-                continue
-            if not pair.chosen or not pair.rejected:
-                dropped["empty answer"] += 1
-            elif pair.chosen == pair.rejected:
-                dropped["equal answers"] += 1
-            else:
-                pairs.append(pair)
-    return pairs, dropped

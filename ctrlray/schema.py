@@ -111,6 +111,21 @@ def examples(attributes: Sequence[str]) -> pa.Schema:
     )
 
 
+def labels() -> pa.Schema:
+    """One row per preference pair or rated answer that a reward model is fine-tuned on."""
+    return _table(
+        "labels",
+        [
+            ("split", pa.string()),  # train | valid
+            ("token_ids", TOKENS),  # the conversation and the chosen or the rated answer
+            ("rejected_ids", TOKENS),  # the conversation and the rejected answer; empty for ratings
+            ("head", pa.int16()),  # whose preference it is, an index of the attributes; -1 for ratings
+            ("margin", pa.float32()),  # that chosen must keep before rejected, in log-odds
+            ("ratings", pa.list_(pa.float32())),  # by attribute, in standard units, NaN where there is none; empty for pairs
+        ],
+    )
+
+
 def code_gaps() -> pa.Schema:
     """One row per held-out example: NLL in nats per token under its own code and, averaged, under every other code."""
     return _table(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from ctrlray import config, models
-from ctrlray.control import neutralise, special_strings
 from ctrlray.errors import ConfigError
 from ctrlray.rewards.base import Floats
 from ctrlray.schema import Message
+
+UNITS = "ctrlray_units"
+"""Key of the model's config: {"mean": [...], "std": [...]} by logit; a rating is mean + std x logit. Fine-tuning writes it."""
 
 
 class HFScorer:
@@ -20,17 +23,18 @@ class HFScorer:
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        from ctrlray.rewards.encode import RewardEncoder
+
         folder = models.resolve(
             config.Model(name=reward.model, revision=reward.revision, trust_remote_code=reward.trust_remote_code),
             "rewards.model",
         )
         self.attributes = reward.attributes
-        self._batch_size, self._max_tokens = reward.batch_size, reward.max_tokens
+        self._batch_size = reward.batch_size
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=reward.trust_remote_code)
-        self._specials = special_strings(self._tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=reward.trust_remote_code)
         dtype = models.pick_dtype("auto", gpu=self._device == "cuda")
-        self._model = (
+        self._model: Any = (
             AutoModelForSequenceClassification.from_pretrained(
                 folder, dtype=getattr(torch, dtype), trust_remote_code=reward.trust_remote_code, use_safetensors=True
             )
@@ -41,32 +45,23 @@ class HFScorer:
             raise ConfigError(
                 f"reward {reward.model!r} has {self._model.config.num_labels} outputs, the job file names {list(self.attributes)}"
             )
-        if self._tokenizer.pad_token_id is None:
-            self._tokenizer.pad_token = self._tokenizer.eos_token
-        self._model.config.pad_token_id = self._tokenizer.pad_token_id
+        self.encode = RewardEncoder(tokenizer, reward.max_tokens)
+        self._model.config.pad_token_id = self.encode.pad_id
+        units = getattr(self._model.config, UNITS, {"mean": 0.0, "std": 1.0})
+        self._mean, self._std = np.asarray(units["mean"], np.float32), np.asarray(units["std"], np.float32)
 
     def __call__(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> dict[str, Floats]:
-        """Logits as float32 arrays of shape [len(responses)], by attribute."""
+        """float32 [len(responses)] by attribute: logits, in rating units where the model was fine-tuned on ratings."""
         import torch
 
-        encoded = [self._encode(c, r) for c, r in zip(conversations, responses, strict=True)]
+        encoded = [self.encode(c, r) for c, r in zip(conversations, responses, strict=True)]
         order = sorted(range(len(encoded)), key=lambda i: len(encoded[i]))
         logits = np.zeros((len(encoded), len(self.attributes)), np.float32)
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
-            batch = self._tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt", padding_side="right")
+            ids, mask = self.encode.pad([encoded[i] for i in rows])
             with torch.no_grad():
-                out = self._model(**{k: v.to(self._device) for k, v in batch.items()}).logits
+                out = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device)).logits
             logits[rows] = out.float().cpu().numpy()
-        return {a: logits[:, i] for i, a in enumerate(self.attributes)}
-
-    def _encode(self, conversation: Sequence[Message], response: str) -> list[int]:
-        """Token ids, by the chat template where the model has one; the oldest tokens are cut when too long."""
-        clean = [Message(role=m["role"], content=neutralise(m["content"], self._specials)) for m in conversation]
-        answer = neutralise(response, self._specials)
-        if self._tokenizer.chat_template:
-            turns = [*clean, Message(role="assistant", content=answer)]
-            ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-        else:
-            ids = self._tokenizer("\n\n".join(m["content"] for m in clean), answer)["input_ids"]
-        return [int(i) for i in ids[-self._max_tokens :]]
+        scores = logits * self._std + self._mean
+        return {a: scores[:, i] for i, a in enumerate(self.attributes)}

@@ -1,12 +1,13 @@
-"""How good reward heads are: accuracies and correlations with 95% intervals, and the card that reports them.
+"""How good rewards are: accuracies, calibration and correlations with 95% intervals, and the card of reward heads.
 
-Nothing is fitted here. Accuracies have Wilson intervals; correlations have bootstrap intervals over prompts.
+Nothing is fitted here. Accuracies have Wilson intervals; correlations and means have bootstrap intervals over prompts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,20 +34,74 @@ def accuracy(margins: Floats) -> Estimate:
     return wilson(float((margins > 0).sum() + 0.5 * (margins == 0).sum()), len(margins))
 
 
-def correlation(u: Floats, v: Floats, groups: Ints, *, seed: int, draws: int = 1000) -> Estimate:
+def length_only(gaps: Floats) -> tuple[Estimate, str]:
+    """Accuracy on pairs of a rule that looks at length alone, and which rule: the better one on these very pairs.
+
+    `gaps` [P]: log length of chosen less that of rejected. Being chosen with hindsight it is flattered, if anything.
+    """
+    longer, shorter = accuracy(gaps), accuracy(-gaps)
+    return (longer, "longer wins") if longer[0] >= shorter[0] else (shorter, "shorter wins")
+
+
+def calibration(margins: Floats, bins: int) -> dict[str, Any]:
+    """How often the favoured answer of a pair won, beside the probability that the margins [P] gave it.
+
+    The favoured answer of a margin m is given sigmoid(|m|), from 0.5 to 1, which `bins` equal bins divide. `ece` is the
+    expected calibration error, the mean over pairs of |predicted - observed| of their bin (Naeini et al. 2015); `log_loss`
+    the mean of -log sigmoid(m), ln 2 = 0.693 for a coin.
+    """
+    predicted = 1 / (1 + np.exp(-np.abs(np.asarray(margins, np.float64))))
+    won = np.where(margins > 0, 1.0, np.where(margins < 0, 0.0, 0.5))
+    index = np.minimum(((predicted - 0.5) * 2 * bins).astype(int), bins - 1)
+    table: list[dict[str, Any]] = []
+    for b in np.unique(index):
+        here = index == b
+        count = int(here.sum())
+        low, given = 0.5 + int(b) / (2 * bins), float(predicted[here].mean())
+        observed = wilson(float(won[here].sum()), count)
+        table.append({"low": low, "high": low + 0.5 / bins, "count": count, "predicted": given, "observed": observed})
+    error = sum(row["count"] * abs(row["predicted"] - row["observed"][0]) for row in table) / max(1, len(margins))
+    return {"bins": table, "ece": float(error), "log_loss": float(np.logaddexp(0, -np.asarray(margins, np.float64)).mean())}
+
+
+def mean(values: Floats, groups: Ints, *, seed: int, draws: int = 1000) -> Estimate:
+    """Mean of values [M] with a bootstrap interval over groups."""
+    _, index = np.unique(groups, return_inverse=True)
+    sums = np.stack([np.bincount(index, weights=values), np.bincount(index)])
+    low, high = np.quantile([top / bottom for top, bottom in _redrawn(sums, seed, draws)], [0.025, 0.975])
+    return [float(np.mean(values)), float(low), float(high)]
+
+
+def correlation(u: Floats, v: Floats, groups: Ints, *, seed: int, draws: int = 1000, across: bool = False) -> Estimate:
     """Pearson correlation of u and v [M], each centred within its group, with a bootstrap interval over groups.
 
-    Groups of one answer carry no information about it and drop out by the centring.
+    Groups of one answer carry no information about it and drop out by the centring. `across`: centred over all answers
+    instead, so that differences between groups count too.
     """
-    u, v = within(np.asarray(u, np.float64), groups), within(np.asarray(v, np.float64), groups)
     _, index = np.unique(groups, return_inverse=True)
+    centres = np.zeros_like(index) if across else groups
+    u, v = within(np.asarray(u, np.float64), centres), within(np.asarray(v, np.float64), centres)
     sums = np.stack([np.bincount(index, weights=w) for w in (u * v, u * u, v * v)])  # [3, G]
-    picked = np.random.default_rng(seed).integers(0, sums.shape[1], (draws, sums.shape[1]))
-    uv, uu, vv = sums[:, picked].sum(-1)
-    with np.errstate(invalid="ignore", divide="ignore"):
+    uv, uu, vv = np.stack(list(_redrawn(sums, seed, draws)), axis=1)
+    with np.errstate(invalid="ignore", divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # all NaN where nothing varies, which the estimate then says
         low, high = np.nanquantile(uv / np.sqrt(uu * vv), [0.025, 0.975])
-        value = sums[0].sum() / math.sqrt(float(sums[1].sum() * sums[2].sum()))
+        value = sums[0].sum() / np.sqrt(sums[1].sum() * sums[2].sum())
     return [float(value), float(low), float(high)]
+
+
+def spearman(u: Floats, v: Floats, groups: Ints, *, seed: int) -> Estimate:
+    """Rank correlation of u and v [M] over all answers, ties at their mean rank, with a bootstrap interval over groups."""
+    from scipy.stats import rankdata
+
+    return correlation(rankdata(u), rankdata(v), groups, seed=seed, across=True)
+
+
+def _redrawn(sums: Any, seed: int, draws: int) -> Iterator[Floats]:
+    """Totals of `draws` resamples of the groups of sums [K, G], each [K]."""
+    rng, groups = np.random.default_rng(seed), sums.shape[1]
+    for _ in range(draws):
+        yield sums[:, rng.integers(0, groups, groups)].sum(-1)
 
 
 def report(
@@ -114,15 +169,15 @@ def card_text(card: Mapping[str, Any]) -> str:
     lines.append("| head | own pairs | length alone, same rows | " + " | ".join(f"on {b} pairs" for b in others) + " |")
     lines.append("|---" * (3 + len(others)) + "|")
     for name, m in measured["attributes"].items():
-        cross = [_show(m["accuracy_on_others"][b]) if b != name else "(own)" for b in others]
+        cross = [show(m["accuracy_on_others"][b]) if b != name else "(own)" for b in others]
         lines.append(
-            f"| {name} | {_show(m['accuracy'])} | {_show(m['length_only'])} ({m['length_only_rule']}) | {' | '.join(cross)} |"
+            f"| {name} | {show(m['accuracy'])} | {show(m['length_only'])} ({m['length_only_rule']}) | {' | '.join(cross)} |"
         )
     if "correlations" in measured:
         lines += ["", "Correlations within a prompt, on held-out prompts of the pool (bootstrap over prompts).", ""]
         lines += ["| what | r |", "|---|---|"]
-        lines += [f"| {pair.replace('~', ' with ')} | {_show(r)} |" for pair, r in measured["correlations"].items()]
-        lines += [f"| {n} with log length | {_show(m['length_correlation'])} |" for n, m in measured["attributes"].items()]
+        lines += [f"| {pair.replace('~', ' with ')} | {show(r)} |" for pair, r in measured["correlations"].items()]
+        lines += [f"| {n} with log length | {show(m['length_correlation'])} |" for n, m in measured["attributes"].items()]
     lines += ["", "## What was tried", *_trials(card)]
     return "\n".join(lines) + "\n"
 
@@ -148,6 +203,7 @@ def _join(values: Sequence[Any]) -> str:
     return ", ".join(str(v) for v in values)
 
 
-def _show(estimate: Sequence[float]) -> str:
-    value, low, high = estimate
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
+def show(estimate: Sequence[float | None]) -> str:
+    """`0.650 [0.601, 0.697]`; a dash where there was nothing to estimate."""
+    value, low, high = (math.nan if x is None else x for x in estimate)
+    return "-" if math.isnan(value) else f"{value:.3f} [{low:.3f}, {high:.3f}]"

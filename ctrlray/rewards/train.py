@@ -1,4 +1,4 @@
-"""Making reward heads: HH files in, features by Ray Data, a joint fit, and heads with a card out.
+"""Making reward heads: preference pairs in, features by Ray Data, a joint fit, and heads with a card out.
 
     pairs ─┐
            ├─► features (Ray Data actor pool) ─► fit_heads ─► heads.safetensors
@@ -11,97 +11,23 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from pydantic import Field, model_validator
 
 from ctrlray import config, models
-from ctrlray.config import Cluster, Frozen, Model, Pool
-from ctrlray.errors import DataError
-from ctrlray.hh import Pair, judge_half, read_pairs
+from ctrlray.errors import ConfigError, DataError
+from ctrlray.hh import Pair
 from ctrlray.ledger import Progress, Silent
 from ctrlray.rewards import measure
-from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Penalties, Preferences, fit_heads
-from ctrlray.schema import MESSAGES, Message, digest, first_human_turn, prompt_id
-
-
-class PairFiles(Frozen):
-    """Preferences for one attribute, as Anthropic HH's native jsonl or jsonl.gz. `$CTRLRAY_DATA` is expanded."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
-    train: str
-    valid: str
-    """Rows to measure on; nothing is fitted to them."""
-
-
-class Fit(Frozen):
-    """Which features the heads read and what pulls on the fit; see `ctrlray.rewards.heads.Objective`."""
-
-    layers: Annotated[tuple[int, ...], Field(min_length=1)] = (20, 24, 30)
-    """Blocks, counted from 1. Only as many blocks run as the highest asks for."""
-    positions: Annotated[tuple[Literal["last", "end", "mean"], ...], Field(min_length=1)] = ("last",)
-    """last: the answer's last text token; end: the end-of-turn token; mean: average over the answer."""
-    l2: Annotated[float, Field(gt=0)] = 1.0
-    cross: Annotated[float, Field(ge=0)] = 0.0
-    length: Annotated[float, Field(ge=0)] = 0.0
-    pair_length: Annotated[float, Field(ge=0)] = 0.0
-    between: Annotated[float, Field(ge=0)] = 0.0
-
-    @property
-    def penalties(self) -> Penalties:
-        """The plain numbers that the fit takes."""
-        return Penalties(self.l2, self.cross, self.length, self.pair_length, self.between)
-
-
-class RewardTrainJob(Frozen):
-    """Everything that a set of reward heads is made of."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    """File name of the heads and their card."""
-    out: str | None = None
-    """Absolute folder for them; the user's data directory when unset."""
-    model: Model = Model()
-    """The frozen backbone."""
-    attributes: Annotated[tuple[PairFiles, ...], Field(min_length=1)]
-    reserve_judge_half: bool = True
-    """Leave out the training pairs that belong to held-out judges."""
-    max_pairs: Annotated[int, Field(ge=4)] | None = None
-    """Per file; for trials."""
-    pool: str | None = None
-    """Finished answers sampled from the model, several per prompt: a job file (.yaml, relative to this one) whose
-    `generate` stage samples them, or a jsonl or parquet file with `messages` and `response`.
-
-    Without one, `between` and `length` have no effect and no correlations are reported."""
-    pool_fit_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
-    """Share of the pool's prompts that the fit sees; correlations are reported on the others."""
-    fit: Fit = Fit()
-    trials: dict[str, Fit] = Field(default_factory=dict)
-    """Other settings to fit and list in the card beside the chosen one."""
-    max_tokens: Annotated[int, Field(ge=16)] = 1024
-    """Longer dialogues lose their beginning."""
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    actors: Pool = Pool(max_size=2)
-    cluster: Cluster = Cluster()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> RewardTrainJob:
-        names = [a.name for a in self.attributes]
-        if len(set(names)) < len(names):
-            raise ValueError(f"attribute names must differ, got {names}")
-        if self.out is not None and not Path(self.out).expanduser().is_absolute():
-            raise ValueError(f"out={self.out!r} is relative; give an absolute path")
-        return self
-
-    @property
-    def folder(self) -> Path:
-        """Where heads and card are written."""
-        return Path(self.out).expanduser() if self.out else config.data_home() / "heads"
-
+from ctrlray.rewards.data import Labels, read_parts
+from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Preferences, fit_heads
+from ctrlray.rewards.job import Fit, RewardTrainJob
+from ctrlray.schema import MESSAGES, Message, digest, prompt_id
 
 PoolRow = tuple[list[Message], str]
 """A plain prompt and one finished answer of the model's own."""
@@ -141,17 +67,21 @@ def train_heads(
     .json and .md into `job.folder`; returns the card.
     """
     folder = models.resolve(job.model) if folder is None else folder
-    pairs, dropped = _read_all(job)
+    method = job.method
+    if method.type != "heads":
+        raise ConfigError(f"method.type={method.type!r}: `train_heads` fits heads; call `finetune` for this job")
+    labels = read_parts(job)
+    pairs = _pairs(labels)
     rows = [_Row(part, p.messages, text) for part, ps in pairs.items() for p in ps for text in (p.chosen, p.rejected)]
     rows += [_Row("pool", tuple(m), r) for m, r in pool]
-    every = [job.fit, *job.trials.values()]
+    every = [method.fit, *method.trials.values()]
     layers = sorted({k for f in every for k in f.layers})
     positions = sorted({p for f in every for p in f.positions})
     fingerprint = models.fingerprint(folder)
     features, lengths = cached_features(job, folder, fingerprint, rows, layers, positions, progress or Silent())
     parts = np.array([r.part for r in rows])
     groups = _group_numbers([m for m, _ in pool])
-    seen = np.array([_share(prompt_id(m)) < job.pool_fit_share for m, _ in pool], bool)
+    seen = np.array([_share(prompt_id(m)) < method.pool_fit_share for m, _ in pool], bool)
 
     def run(fit: Fit) -> tuple[Heads, dict[str, Any]]:
         columns = _columns(fit, layers, positions, features.shape[1])
@@ -169,19 +99,19 @@ def train_heads(
         )
         return heads, measure.report(heads, preferences, valid, _take(answers, ~seen), seed=0)
 
-    heads, measured = run(job.fit)
+    heads, measured = run(method.fit)
     card = {
         "name": job.name,
         "model": {"name": job.model.name, "fingerprint": fingerprint},
         "data": {
             "pairs": {part: len(ps) for part, ps in pairs.items()},
-            "dropped": dropped,
+            "dropped": {part: dict(found.dropped) for part, found in labels.items()},
             "judge_half_reserved": job.reserve_judge_half,
             "pool": {"answers": len(pool), "prompts": len(set(groups)), "fit_prompts": len(set(groups[seen]))},
         },
-        "fit": job.fit.model_dump(mode="json"),
+        "fit": method.fit.model_dump(mode="json"),
         "measured": measured,
-        "trials": {name: {"fit": f.model_dump(mode="json"), "measured": run(f)[1]} for name, f in job.trials.items()},
+        "trials": {name: {"fit": f.model_dump(mode="json"), "measured": run(f)[1]} for name, f in method.trials.items()},
     }
     job.folder.mkdir(parents=True, exist_ok=True)
     heads.save(job.folder / f"{job.name}.safetensors")
@@ -268,7 +198,7 @@ def read_pool(path: str) -> list[PoolRow]:
     """(messages, response) of a jsonl or parquet file. Rows that carry a finish_reason other than `stop` are left out."""
     file = Path(os.path.expandvars(path)).expanduser()
     if not file.is_file():
-        raise DataError(f"pool={path!r}: no such file; give a job file (.yaml) that samples one, or unset it")
+        raise DataError(f"method.pool={path!r}: no such file; give a job file (.yaml) that samples one, or unset it")
     if file.suffix == ".parquet":
         import pyarrow.parquet as pq
 
@@ -279,24 +209,17 @@ def read_pool(path: str) -> list[PoolRow]:
         finished = [r for r in rows if r.get("finish_reason", "stop") == "stop" and r["response"].strip()]
         return [(r["messages"], r["response"]) for r in finished]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"pool={path!r}: rows need `messages` and `response` ({error!r})") from error
+        raise DataError(f"method.pool={path!r}: rows need `messages` and `response` ({error!r})") from error
 
 
-def _read_all(job: RewardTrainJob) -> tuple[dict[str, list[Pair]], dict[str, dict[str, int]]]:
-    pairs: dict[str, list[Pair]] = {}
-    dropped: dict[str, dict[str, int]] = {}
-    for a in job.attributes:
-        for split, path in (("train", a.train), ("valid", a.valid)):
-            part = f"{split}/{a.name}"
-            found, dropped[part] = read_pairs(path)
-            if split == "train" and job.reserve_judge_half:
-                kept = [p for p in found if not judge_half(first_human_turn(p.messages))]
-                dropped[part]["kept for the judge"] = len(found) - len(kept)
-                found = kept
-            pairs[part] = found[: job.max_pairs]
-            if len(pairs[part]) < 2:
-                raise DataError(f"attributes.{a.name}.{split}={path!r}: {len(pairs[part])} usable pairs; at least 2 are needed")
-    return pairs, dropped
+def _pairs(labels: Mapping[str, Labels]) -> dict[str, Sequence[Pair]]:
+    for part, found in labels.items():
+        if found.format == "ratings":
+            raise DataError(
+                f"attributes.{part.partition('/')[2]}: ratings, but heads are fitted to preference pairs; give pairs, or set "
+                "method.type=finetune"
+            )
+    return {part: found.pairs for part, found in labels.items()}
 
 
 def _preferences(features: Floats, lengths: Floats, rows: Any) -> Preferences:
@@ -324,5 +247,3 @@ def _columns(fit: Fit, layers: Sequence[int], positions: Sequence[str], total: i
     width = total // (len(layers) * len(positions))
     starts = [(layers.index(k) * len(positions) + positions.index(p)) * width for k in fit.layers for p in fit.positions]
     return np.concatenate([np.arange(s, s + width) for s in starts])
-
-

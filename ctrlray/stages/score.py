@@ -190,6 +190,53 @@ def run(responses: pa.Table, conversations: Conversations, job: config.Job, out:
     return _accounts(responses, finished, names, out, {"streamed_behind": "generate"} if streamed else {})
 
 
+def score_answers(
+    reward: config.Reward,
+    answers: Sequence[tuple[Sequence[Message], str]],
+    pool: config.Pool,
+    batch_size: int,
+    notes: Storage,
+    progress: Progress,
+    stall_timeout_s: float,
+) -> tuple[dict[str, Any], list[str]]:
+    """Scores of (conversation, answer) pairs outside of a run: float32 [N] by output, NaN where it failed, and N errors.
+
+    An error is empty where all is well. `notes` is a folder for notes of what is in flight.
+    """
+    chats = {schema.prompt_id(chat): list(chat) for chat, _ in answers}
+    # neighbours in length share a batch and so waste little padding
+    order = sorted(range(len(answers)), key=lambda i: sum(len(m["content"]) for m in answers[i][0]) + len(answers[i][1]))
+    table = pa.table(
+        {
+            "response_id": pa.array([str(i) for i in order], pa.string()),
+            "prompt_id": pa.array([schema.prompt_id(answers[i][0]) for i in order], pa.string()),
+            "text": pa.array([answers[i][1] for i in order], pa.string()),
+        }
+    )
+    journal = Journal(notes)
+    journal.clear()
+    rows = ray.data.from_arrow(slices(table, batch_size)).map_batches(
+        ScoreBatch,
+        fn_constructor_args=(reward, ray.put(chats), True, journal),
+        batch_size=None,
+        batch_format="pyarrow",
+        **actor_options(pool),
+    )
+    progress.total(len(answers))
+    scores: dict[str, Any] = {}
+    errors = [f"{DIED}: no score came back"] * len(answers)
+    for block in patience("score", stall_timeout_s, [journal]).each(rows.iter_batches(batch_size=None, batch_format="pyarrow")):
+        where = np.array(block["response_id"].to_pylist(), np.int64)
+        for name in (n for n in block.column_names if n.startswith("raw_")):
+            values = scores.setdefault(name.removeprefix("raw_"), np.full(len(answers), np.nan, np.float32))
+            values[where] = block[name].to_numpy()
+        for i, error in zip(where, block["error"].to_pylist(), strict=True):
+            errors[i] = error
+        progress.advance(block.num_rows)
+    journal.clear()
+    return scores, errors
+
+
 def scorable(responses: pa.Table, job: config.Job) -> pa.Table:
     """Answers that get a score: the finished ones, or all when the job keeps truncated answers."""
     if job.distill.keep_truncated:

@@ -10,10 +10,11 @@ A token sees the prompt and its own branch. One branch per row is the ordinary s
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -113,15 +114,34 @@ def epoch_steps(groups: Sequence[str], batch_size: int, seed: int, epoch: int, p
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def shard(rows: Sequence[TreeRow], ranks: int, max_tokens: int, *, packed: bool = True) -> list[list[list[TreeRow]]]:
+def planned_steps(groups: Sequence[str], batch_size: int, epochs: float, seed: int) -> list[list[int]]:
+    """Example indices of each optimizer step of a whole training; the last epoch may be a part of one."""
+    whole = math.ceil(epochs)
+    steps = [step for epoch in range(whole) for step in epoch_steps(groups, batch_size, seed, epoch)]
+    return steps[: max(1, round(len(steps) / max(1, whole) * epochs))]
+
+
+class Sized(Protocol):
+    """What `shard` deals out: a row of known length, which stays whole."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Its length."""
+        ...
+
+
+R = TypeVar("R", bound=Sized)
+
+
+def shard(rows: Sequence[R], ranks: int, max_tokens: int, *, packed: bool = True) -> list[list[list[R]]]:
     """`[rank][micro batch][row]`: length-sorted rows, equal numbers of micro batches on every rank.
 
     A micro batch holds at most `max_tokens` tokens, padding included, or one longer row. Short ranks get empty micro
     batches, because sharded engines need every rank in every collective.
     """
-    ordered = sorted(rows, key=lambda r: (-r.num_tokens, r.prompt_ids))
+    ordered = sorted(rows, key=lambda r: -r.num_tokens)
     load = [0] * ranks
-    dealt: list[list[TreeRow]] = [[] for _ in range(ranks)]
+    dealt: list[list[R]] = [[] for _ in range(ranks)]
     for row in ordered:
         rank = load.index(min(load))
         load[rank] += row.num_tokens
@@ -131,9 +151,9 @@ def shard(rows: Sequence[TreeRow], ranks: int, max_tokens: int, *, packed: bool 
     return [b + [[] for _ in range(most - len(b))] for b in batches]
 
 
-def _packs(rows: Sequence[TreeRow], max_tokens: int) -> list[list[TreeRow]]:
+def _packs(rows: Sequence[R], max_tokens: int) -> list[list[R]]:
     """First fit, longest first."""
-    bins: list[list[TreeRow]] = []
+    bins: list[list[R]] = []
     room: list[int] = []
     for row in rows:
         at = next((i for i, free in enumerate(room) if row.num_tokens <= free), None)
@@ -146,8 +166,8 @@ def _packs(rows: Sequence[TreeRow], max_tokens: int) -> list[list[TreeRow]]:
     return bins
 
 
-def _padded(rows: Sequence[TreeRow], max_tokens: int) -> Iterator[list[TreeRow]]:
-    batch: list[TreeRow] = []
+def _padded(rows: Sequence[R], max_tokens: int) -> Iterator[list[R]]:
+    batch: list[R] = []
     for row in rows:  # longest first, so the first row sets the padded length
         if batch and batch[0].num_tokens * (len(batch) + 1) > max_tokens:
             yield batch

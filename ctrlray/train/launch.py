@@ -1,13 +1,18 @@
-"""A loop on Ray Train's workers: how many, with what, how often they may fail."""
+"""A loop on Ray Train's workers: how many, with what, how often they may fail, and a watch on how far it is."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 from ctrlray.config import Optimization
 from ctrlray.errors import ClusterError
+from ctrlray.ledger import Progress
+from ctrlray.patience import Background, Patience
 from ctrlray.tables import Storage
+
+_POLL_S = 1.0
 
 
 def launch(
@@ -44,3 +49,34 @@ def launch(
     result = trainer.fit()
     if result.error is not None:
         raise ClusterError(f"{what} failed {settings.max_failures + 1} times: {result.error}") from result.error
+
+
+def watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
+    """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
+    running, seen, moved = Background(call), 0, time.monotonic()
+    over = False
+    while not over:
+        over = running.over(_POLL_S)  # the last steps are read after the end
+        if place.exists("progress.json"):
+            now = place.read_json("progress.json")
+            progress.total(now["steps"])
+            if now["step"] != seen:  # fewer than before when a failed worker went back to its checkpoint
+                for point in now["recent"]:
+                    if point["step"] > seen:
+                        progress.measure(name, int(point["step"]), point)
+                progress.advance(now["step"] - seen)
+                seen, moved = now["step"], time.monotonic()
+        if not over and time.monotonic() - moved > patience.timeout_s:
+            raise patience.over()
+
+
+def waits_for(place: Storage, settings: Optimization) -> str:
+    """What training has not done yet: its next step, or to get its workers."""
+    import ray
+
+    if place.exists("progress.json"):
+        now = place.read_json("progress.json")
+        return f"step {now['step'] + 1} of {now['steps']}"
+    free = ray.available_resources()
+    wanted = f"{settings.workers} workers with {settings.cpus_per_worker:g} CPUs and {settings.gpus_per_worker:g} GPUs each"
+    return f"{wanted}; {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,14 +16,12 @@ from ctrlray.control import ControlSpace
 from ctrlray.errors import DataError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.models import PreparedBase
-from ctrlray.patience import Background, Patience
+from ctrlray.patience import Patience
 from ctrlray.placement import CONTROLLER_CPUS
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
-from ctrlray.train.launch import launch
+from ctrlray.train.launch import launch, waits_for, watched
 from ctrlray.train.worker import TrainTask, train_loop, valid_and_train_counts
-
-_POLL_S = 1.0
 
 
 def run(
@@ -54,8 +50,8 @@ def run(
                 seed=job.seed,
                 key=key,
             )
-            patience = Patience("train", job.cluster.stall_timeout_s, partial(_waits_for, place, job.train))
-            _watched(objective.type, partial(_fit, task, name, out), place, progress, patience)
+            patience = Patience("train", job.cluster.stall_timeout_s, partial(waits_for, place, job.train))
+            watched(objective.type, partial(_fit, task, name, out), place, progress, patience)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {
@@ -64,34 +60,6 @@ def run(
             "path": place.read_json("done.json")["path"],
         }
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
-
-
-def _watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
-    """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
-    running, seen, moved = Background(call), 0, time.monotonic()
-    over = False
-    while not over:
-        over = running.over(_POLL_S)  # the last steps are read after the end
-        if place.exists("progress.json"):
-            now = place.read_json("progress.json")
-            progress.total(now["steps"])
-            if now["step"] != seen:  # fewer than before when a failed worker went back to its checkpoint
-                for point in now["recent"]:
-                    if point["step"] > seen:
-                        progress.measure(name, int(point["step"]), point)
-                progress.advance(now["step"] - seen)
-                seen, moved = now["step"], time.monotonic()
-        if not over and time.monotonic() - moved > patience.timeout_s:
-            raise patience.over()
-
-
-def _waits_for(place: Storage, settings: config.Train) -> str:
-    if place.exists("progress.json"):
-        now = place.read_json("progress.json")
-        return f"step {now['step'] + 1} of {now['steps']}"
-    free = ray.available_resources()
-    wanted = f"{settings.workers} workers with {settings.cpus_per_worker:g} CPUs and {settings.gpus_per_worker:g} GPUs each"
-    return f"{wanted}; {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs are free"
 
 
 def _fit(task: TrainTask, name: str, out: Storage) -> None:

@@ -39,20 +39,25 @@ class TrainTask:
 
 def train_loop(raw: dict[str, Any]) -> None:
     """Entry point of a worker. `raw["task"]` is a TrainTask."""
-    import torch
-
     task: TrainTask = raw["task"]
-    if not torch.cuda.is_available():
-        _use_all_cores(task.settings)
-        # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
-    torch.manual_seed(task.seed)
+    settle(task.settings, task.seed)
     loop = _Loop(task)
     loop.run()
 
 
-def _use_all_cores(settings: config.Train) -> None:
+def settle(settings: config.Optimization, seed: int) -> None:
+    """Threads, determinism and the seed of a worker, before it builds anything."""
+    import torch
+
+    if not torch.cuda.is_available():
+        _use_all_cores(settings)
+        # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
+    torch.manual_seed(seed)
+
+
+def _use_all_cores(settings: config.Optimization) -> None:
     """Ray gives a worker as many threads as it reserves CPUs; a single worker may use the idle rest of the machine."""
     import torch
 
@@ -89,7 +94,7 @@ class _Loop:
         self._load_examples()
 
     def _load_examples(self) -> None:
-        from ctrlray.train.batches import epoch_steps, load_example
+        from ctrlray.train.batches import load_example, planned_steps
 
         names = list(self.task.space.names)
         table = self.task.examples.read_table("examples", schema.examples(names))
@@ -99,12 +104,7 @@ class _Loop:
         self.train = [load_example(r, names, self.renderer.render) for r in rows if r["split"] == "train"]
         self.valid_rows = [r for r in rows if r["split"] == "valid"]
         groups = [e.group for e in self.train]
-        s = self.task.settings
-        self.steps: list[list[int]] = []
-        for epoch in range(int(-(-s.epochs // 1))):
-            self.steps += epoch_steps(groups, s.batch_size, self.task.seed, epoch)
-        per_epoch = len(self.steps) / max(1, -(-s.epochs // 1))
-        self.steps = self.steps[: max(1, round(per_epoch * s.epochs))]
+        self.steps = planned_steps(groups, self.task.settings.batch_size, self.task.settings.epochs, self.task.seed)
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint of this very task."""
@@ -156,7 +156,7 @@ class _Loop:
             num_wrong=num_wrong,
         )
         tokens = sum(r.num_tokens for r in rows)
-        parts = _sum_over_ranks(parts, self.ranks)
+        parts = sum_over_ranks(parts, self.ranks)
         return {
             "step": step + 1,
             "loss": parts["nll"] + self.task.objective.weight * parts.get("leak", 0.0),
@@ -252,7 +252,7 @@ class _Loop:
         out.write_json(note, "done.json")
 
 
-def _sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
+def sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
     """Losses are shares of the whole batch and add up; the gradient norm is already global."""
     import torch
     import torch.distributed as dist

@@ -12,7 +12,8 @@ from ctrlray.hh import judge_half
 from ctrlray.rewards.embedded import EmbeddedReward
 from ctrlray.rewards.features import FeatureExtractor
 from ctrlray.rewards.heads import Heads
-from ctrlray.rewards.train import Fit, PairFiles, RewardTrainJob, read_pool, train_heads
+from ctrlray.rewards.job import Fit, LabelFiles, LinearHeads, RewardTrainJob
+from ctrlray.rewards.train import read_pool, train_heads
 
 ray = pytest.importorskip("ray", reason="needs ray")
 GOOD, BAD = ["yes", "sure", "gladly", "of course"], ["no", "never", "why", "go away"]
@@ -58,18 +59,21 @@ def own_cache(tmp_path, monkeypatch):
 
 
 def write_pairs(path, first_words, second_words, count, seed):
+    """HH's dialogues, or prompt, chosen and rejected: heads take both."""
     rng = random.Random(seed)
     with path.open("w") as out:
         for i in range(count):
             start = f"\n\nHuman: question {seed} {i}\n\nAssistant: "
-            row = {"chosen": start + rng.choice(first_words), "rejected": start + rng.choice(second_words)}
+            row = {"chosen": rng.choice(first_words), "rejected": rng.choice(second_words)}
+            plain = path.name.startswith("curt")
+            row = {"prompt": f"question {seed} {i}", **row} if plain else {k: start + v for k, v in row.items()}
             out.write(json.dumps(row) + "\n")
     return str(path)
 
 
 def make_job(folder, **changes):
     files = [
-        PairFiles(
+        LabelFiles(
             name=name,
             train=write_pairs(folder / f"{name}.train.jsonl", a, b, 40, seed),
             valid=write_pairs(folder / f"{name}.valid.jsonl", a, b, 20, seed + 1),
@@ -84,14 +88,14 @@ def make_job(folder, **changes):
                 out.write(json.dumps(row) + "\n")
         out.write(json.dumps({**row, "finish_reason": "length"}) + "\n")
     fit = Fit(layers=(1, 2), positions=("last", "mean"), l2=0.01, between=0.5)
-    settings = {"attributes": tuple(files), "pool": str(pool), "fit": fit, "batch_size": 16, "actors": Pool()}
-    settings |= {"trials": {"one layer": Fit(layers=(2,), l2=0.01)}, **changes}
+    method = LinearHeads(fit=fit, pool=str(pool), trials={"one layer": Fit(layers=(2,), l2=0.01)})
+    settings = {"attributes": tuple(files), "method": method, "batch_size": 16, "actors": Pool(), **changes}
     return RewardTrainJob(name="tiny", out=str(folder), **settings)
 
 
 def test_train_score_and_refuse(model, local_ray, tmp_path):
     job = make_job(tmp_path)
-    card = train_heads(job, read_pool(str(job.pool)), model)
+    card = train_heads(job, read_pool(str(job.method.pool)), model)
 
     pairs = card["data"]["pairs"]
     reserved = sum(judge_half(f"question 10 {i}") for i in range(40))
@@ -121,7 +125,8 @@ def test_features_are_kept_for_another_fit(model, local_ray, tmp_path, monkeypat
     job = make_job(tmp_path)
     first = train_heads(job, folder=model)
     monkeypatch.setattr("ctrlray.rewards.train.extract", lambda *_: pytest.fail("the features were there"))
-    stronger = job.model_copy(update={"fit": Fit(layers=(1, 2), positions=("last", "mean"), l2=5.0)})
+    other = job.method.model_copy(update={"fit": Fit(layers=(1, 2), positions=("last", "mean"), l2=5.0)})
+    stronger = job.model_copy(update={"method": other})
     assert train_heads(stronger, folder=model)["fit"] != first["fit"]
     with pytest.raises(pytest.fail.Exception):  # other text, other features
         train_heads(job.model_copy(update={"max_pairs": 10}), folder=model)
@@ -175,3 +180,11 @@ def test_text_cannot_make_special_tokens(model):
 def test_missing_files_are_named(model, tmp_path):
     with pytest.raises(DataError, match="pool"):
         read_pool(str(tmp_path / "none.jsonl"))
+
+
+def test_heads_refuse_ratings(model, tmp_path):
+    file = tmp_path / "ratings.jsonl"
+    file.write_text('{"prompt": "q", "response": "a", "kind": 1}\n' * 3)
+    files = (LabelFiles(name="kind", train=str(file), valid=str(file)),)
+    with pytest.raises(DataError, match=r"attributes.kind: ratings, but heads are fitted to preference pairs"):
+        train_heads(make_job(tmp_path, attributes=files, reserve_judge_half=False), folder=model)

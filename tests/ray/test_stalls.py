@@ -14,7 +14,7 @@ from ctrlray.ledger import Silent
 from ctrlray.patience import Patience
 from ctrlray.stages import score
 from ctrlray.tables import Storage
-from ctrlray.train import run as train
+from ctrlray.train import launch
 from tests.fakes import StuckHost
 
 pytestmark = pytest.mark.slow  # they wait for time to pass
@@ -77,9 +77,9 @@ def test_training_that_takes_no_step(local_ray, tmp_path):
 
     place = Storage(str(tmp_path))
     job = config.Train(workers=3)
-    patience = Patience("train", 2.0, lambda: train._waits_for(place, job))
+    patience = Patience("train", 2.0, lambda: launch.waits_for(place, job))
     with pytest.raises(ClusterError, match="train: nothing finished for 2 s; it waits for 3 workers with 1 CPUs and 0 GPUs each"):
-        train._watched("exmate", lambda: time.sleep(60), place, Silent(), patience)
+        launch.watched("exmate", lambda: time.sleep(60), place, Silent(), patience)
     place.write_json({"step": 4, "steps": 9, "recent": []}, "progress.json")
     with pytest.raises(ClusterError, match="it waits for step 5 of 9"):
-        train._watched("exmate", lambda: time.sleep(60), place, Silent(), patience)
+        launch.watched("exmate", lambda: time.sleep(60), place, Silent(), patience)

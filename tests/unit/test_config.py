@@ -29,7 +29,7 @@ def test_every_job_file_loads(path):
     if "control" in raw:
         assert config.load_job(path).name
     else:
-        from ctrlray.rewards.train import RewardTrainJob
+        from ctrlray.rewards.job import RewardTrainJob
 
         assert config.parse(RewardTrainJob, raw, where=str(path))
 

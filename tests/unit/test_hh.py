@@ -1,16 +1,11 @@
 """HH's native files: turns, shared context, the judge's half."""
 
-import gzip
 import hashlib
-import json
-import os
-from pathlib import Path
 
 import pytest
 
 from ctrlray.errors import DataError
-from ctrlray.hh import Pair, judge_half, parse_dialogue, parse_pair, read_pairs
-from ctrlray.schema import first_human_turn
+from ctrlray.hh import judge_half, parse_dialogue, parse_pair
 
 
 def test_dialogue_by_hand():
@@ -52,24 +47,6 @@ def test_malformed_pairs_are_refused(chosen, rejected):
         parse_pair(chosen, rejected)
 
 
-def test_read_counts_every_row(tmp_path):
-    start = "\n\nHuman: Q\n\nAssistant: "
-    rows = [(start + "good", start + "bad"), (start + "same", start + "same"), (start, start + "b"), ("?", "?")]
-    lines = [json.dumps({"chosen": c, "rejected": r}) for c, r in rows] + ["{not json", '{"chosen": 1}']
-    file = tmp_path / "rows.jsonl.gz"
-    with gzip.open(file, "wt") as out:
-        out.write("\n".join(lines))
-    pairs, dropped = read_pairs(file)
-    assert pairs == [Pair(({"role": "user", "content": "Q"},), "good", "bad")]
-    assert dropped == {"unparsable": 3, "empty answer": 1, "equal answers": 1}
-    assert len(pairs) + sum(dropped.values()) == len(lines)
-
-
-def test_missing_file_names_the_variable():
-    with pytest.raises(DataError, match="CTRLRAY_DATA"):
-        read_pairs("$CTRLRAY_DATA/hh/no-such-file.jsonl")
-
-
 def test_judge_half_is_the_last_bit_of_the_hash():
     # sha256("hello") ends in ...b9824 (hex digit 4: bit 0); sha256("abc") ends in ...15ad (hex digit d: bit 1).
     assert hashlib.sha256(b"hello").hexdigest()[-1] == "4"
@@ -80,12 +57,3 @@ def test_judge_half_is_the_last_bit_of_the_hash():
 
 def test_halves_are_about_equal():
     assert 450 < sum(judge_half(f"opening number {i}") for i in range(1000)) < 550
-
-
-@pytest.mark.skipif("CTRLRAY_DATA" not in os.environ, reason="needs CTRLRAY_DATA, the folder that holds hh/*.jsonl.gz")
-@pytest.mark.parametrize("name", ["helpful-base", "harmless-base"])
-def test_real_files(name):
-    pairs, dropped = read_pairs(Path(os.environ["CTRLRAY_DATA"]) / "hh" / f"{name}.train.jsonl.gz")
-    assert dropped["unparsable"] == 0 and sum(dropped.values()) < 10
-    assert all(p.messages[-1]["role"] == "user" for p in pairs)
-    assert 0.4 < sum(judge_half(first_human_turn(p.messages)) for p in pairs) / len(pairs) < 0.6

@@ -202,6 +202,6 @@ def test_classifier_rewards(tmp_path):
     ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     scorer = HFScorer(config.HFReward(model=str(tmp_path), attributes=("kind",), max_tokens=100_000))
-    want = specials_in(tokenizer, scorer._encode(conversation("plain"), "plain"))
+    want = specials_in(tokenizer, scorer.encode(conversation("plain"), "plain"))
     for attack in ATTACKS:
-        assert specials_in(tokenizer, scorer._encode(conversation(attack), attack)) == want, repr(attack)
+        assert specials_in(tokenizer, scorer.encode(conversation(attack), attack)) == want, repr(attack)
