@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -48,6 +49,21 @@ def test_set_overrides_with_yaml_values():
 
 
 @pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.objectives=[{type: exmate", r"--set train\.objectives: '\[\{type: exmate' is not YAML.*quote or close it"),
+        ("generate.behaviours.9.name=x", r"--set generate\.behaviours\.9\.name: '9' is no place in a list of 2"),
+        ("generate.behaviours.2={name: x}", r"--set generate\.behaviours\.2: '2' is no place in a list of 2"),
+        ("generate.behaviours.plain.name=x", "'plain' is no place in a list of 2"),
+        ("seed", "--set 'seed': write it as a.b=value"),
+    ],
+)
+def test_a_setting_that_cannot_be_set_is_named(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load_job("smoke", [assignment])
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"control": {"attributes": [{"name": "brevity", "levels": 1}]}}, "levels"),
@@ -62,6 +78,9 @@ def test_set_overrides_with_yaml_values():
         ({"evaluate": {"levels": [[1, 4]]}}, "must lie in 1..3"),
         ({"train": {"zero_stage": 4}}, "zero_stage"),
         ({"generate": {"pool": {"min_size": 3, "max_size": 2}}}, "raise max_size"),
+        ({"rewards": REWARD * 2}, "rewards: 'brevity' is given twice.*its own name"),
+        ({"train": {"learning_rate": math.inf}}, "learning_rate: .* finite"),
+        ({"train": {"epochs": math.inf}}, "epochs: .* finite"),
     ],
 )
 def test_bad_settings_name_the_field(extra, message):
