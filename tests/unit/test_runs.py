@@ -1,5 +1,6 @@
 """Runs on storage, the doctor's checks, and their verbs."""
 
+import errno
 import hashlib
 import json
 
@@ -63,6 +64,49 @@ def test_unknown_run_is_named_beside_the_known(home):
         runs.locate("smok")
     failed = verb("runs", "show", "smok")
     assert failed.exit_code == 2 and "runs list" in failed.output
+
+
+def write_run(root, *started):
+    """A run of which as many stages finished as there are times."""
+    storage = Storage(str(root))
+    storage.write_bytes(b"", "job.yaml")
+    stages = {stage: {"started": at} for stage, at in zip(pipeline.STAGES, started, strict=False)}
+    storage.write_json({"job": root.name, "stages": stages}, "manifest.json")
+
+
+def test_runs_are_listed_latest_first_by_their_last_stage_and_nothing_else_is(tmp_path):
+    write_run(tmp_path / "a", "2026-01-01", "2026-01-09")
+    write_run(tmp_path / "b", "2026-01-03", "2026-01-04")
+    write_run(tmp_path / "c")
+    (tmp_path / "notes").mkdir()
+    assert [(r.job, r.started) for r in runs.find(str(tmp_path))] == [("a", "2026-01-09"), ("b", "2026-01-04"), ("c", "")]
+    with pytest.raises(ConfigError, match=f"no run at {tmp_path / 'notes'}"):
+        runs.locate(str(tmp_path / "notes"))
+
+
+def test_a_run_is_found_by_a_path_from_here_and_by_uri(tmp_path, monkeypatch):
+    write_run(tmp_path / "data" / "one")
+    monkeypatch.chdir(tmp_path)
+    assert runs.locate("data/one").uri == str(tmp_path / "data" / "one")
+    assert runs.locate(f"file://{tmp_path}/data/one").exists("job.yaml")
+
+
+def test_clean_says_all_that_it_freed(home):
+    storage = runs.locate("smoke")
+    for key in ("0" * 16, "1" * 16):
+        storage.write_bytes(b"x" * 1000, "score", key, "file")
+    left = sum(storage.size(stage, key) for stage, key in runs.stale(storage))
+    before = storage.size()
+    assert runs.clean(storage) == left == before - storage.size() and left > 2000
+
+
+def test_storage_that_fails_under_a_verb_is_one_readable_error(home, monkeypatch):
+    def gone(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Storage, "delete", gone)
+    failed = verb("runs", "clean", "smoke", "--yes")
+    assert failed.exit_code == 5 and "error: [Errno 5] Input/output error. Check the storage" in failed.output
 
 
 def test_find_is_empty_without_runs(tmp_path):
