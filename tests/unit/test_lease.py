@@ -8,7 +8,7 @@ import time
 import pytest
 
 from ctrlray import config, lease, pipeline
-from ctrlray.errors import ConfigError
+from ctrlray.errors import ConfigError, StorageError
 from ctrlray.lease import Lease
 from ctrlray.tables import Storage
 
@@ -73,3 +73,44 @@ def test_the_pipeline_holds_it(tmp_path):
         pipeline.run(job, ["prompts"])
     pipeline.run(job, ["prompts"])
     assert not (tmp_path / lease.FILE).exists()
+
+
+def test_a_lease_that_somebody_deletes_is_written_again_and_one_that_is_gone_is_given_back(storage, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    with Lease(storage) as mine:
+        storage.remove(lease.FILE)
+        time.sleep(0.3)
+        assert storage.exists(lease.FILE)
+        mine.check()
+    monkeypatch.setattr(lease, "RENEW_S", 60.0)
+    with Lease(storage):
+        storage.remove(lease.FILE)
+
+
+def test_renewal_outlives_a_full_disk(storage, monkeypatch):
+    monkeypatch.setattr(lease, "RENEW_S", 0.05)
+    refused, write = [], Storage.write_json
+
+    def full_at_first(self, value, *parts):
+        if len(refused) < 2:
+            refused.append(parts)
+            raise StorageError("the disk is full")
+        write(self, value, *parts)
+
+    with Lease(storage):
+        before = storage.read_json(lease.FILE)["renewed"]
+        monkeypatch.setattr(Storage, "write_json", full_at_first)
+        time.sleep(0.4)
+        assert len(refused) == 2 and storage.read_json(lease.FILE)["renewed"] > before
+
+
+def test_another_user_s_process_counts_and_three_renewals_may_be_missed(storage, monkeypatch):
+    def not_ours(pid, signal):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    theirs = {"id": "x", "machine": lease.machine(), "host": "here", "pid": 1, "renewed": 0.0}
+    storage.write_json(theirs, lease.FILE)
+    with pytest.raises(ConfigError, match="process 1 on here"):
+        Lease(storage).__enter__()
+    assert lease.STALE_S > 3 * lease.RENEW_S
