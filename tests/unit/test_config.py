@@ -170,7 +170,8 @@ def test_heads_files_may_give_outputs_that_the_job_cannot_know():
 
 
 @pytest.mark.parametrize(
-    ("content", "said"), [(b"- a\n", "is a mapping of settings, got list"), (b"\xff\xfe\x00", "cannot read"), (b"a: [", "cannot read")]
+    ("content", "said"),
+    [(b"- a\n", "is a mapping of settings, got list"), (b"\xff\xfe\x00", "cannot read"), (b"a: [", "cannot read")],
 )
 def test_job_files_that_are_no_jobs_are_named(tmp_path, content, said):
     file = tmp_path / "job.yaml"

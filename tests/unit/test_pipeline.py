@@ -60,6 +60,12 @@ def test_a_change_redoes_what_it_affects_and_nothing_else(change, stages):
     assert redone(job(), job(**change)) == stages
 
 
+def test_a_new_layout_of_the_tables_resumes_nothing(monkeypatch):
+    before = Run(job()).keys
+    monkeypatch.setattr(pipeline.schema, "VERSION", pipeline.schema.VERSION + 1)
+    assert not set(before.values()) & set(Run(job()).keys.values())
+
+
 def test_new_bytes_under_an_old_name_are_seen(tmp_path, tiny):
     asked, heads, model = tmp_path / "asked.jsonl", tmp_path / "my.safetensors", tmp_path / "model"
     asked.write_text('{"prompt": "one"}')

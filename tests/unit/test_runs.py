@@ -141,6 +141,24 @@ def test_doctor_says_what_to_fix(monkeypatch, tmp_path):
     assert verb("doctor").exit_code == 1
 
 
+def test_doctor_on_a_bare_machine(monkeypatch, tmp_path):
+    for card in ("0000:01", "0000:02"):
+        (tmp_path / card).mkdir()
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
+    monkeypatch.setattr(doctor, "Path", lambda *_: tmp_path)  # where the driver lists its cards
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(doctor, "MIN_MEMORY_GIB", 10**9)
+    found = {c.name: (c.state, c.found, c.advice) for c in doctor.checks()}
+    assert found["vllm"] == ("error", "missing", "install the extra `cpu` or `gpu`")
+    assert found["C compiler"] == ("warning", "missing", "vLLM compiles with it")
+    assert found["GPU"][:2] == ("warning", "2 NVIDIA") and "generate.pool.gpus" in found["GPU"][2]
+    assert found["free memory"][0] == "warning" and "close something" in found["free memory"][2]
+    assert found["disk for runs"][0] == "error"
+    assert found["disk for runs"][2] == "cannot be written to; set XDG_DATA_HOME to a folder elsewhere"
+    assert "torchvision" not in found  # the CPU build that torch is
+
+
 def test_dry_run_says_which_stages_and_why(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     plan = ["pipeline", "smoke", "--dry-run"]
