@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from ctrlray import config, lease, models, pipeline
+from ctrlray import config, lease, models, pipeline, schema
 from ctrlray.errors import ClusterError, ConfigError, DataError
 from ctrlray.ledger import Silent, StageResult
 from ctrlray.pipeline import STAGES, Run
 from ctrlray.placement import Node
+from ctrlray.tables import from_rows
 
 RAW = {
     "name": "t",
@@ -175,6 +176,14 @@ def test_a_refused_job_leaves_no_request_behind(cluster, wait_s):
     assert cluster[0] == ([[{"CPU": 1.0}, {"CPU": 1.0}], []] if wait_s else [])
 
 
+def test_a_job_that_does_not_fit_starts_no_stage(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "start_ray", lambda wanted: None)
+    monkeypatch.setitem(pipeline._RUNNERS, "prompts", lambda run, progress: StageResult(1, 1))
+    monkeypatch.setitem(pipeline._RUNNERS, "generate", lambda run, progress: pytest.fail("it does not fit"))
+    with pytest.raises(ClusterError, match="train needs 2 CPUs"):
+        pipeline.run(job(run_root=str(tmp_path), train={"workers": 2}), ["prompts", "generate"])
+
+
 def test_nodes_that_died_hold_nothing(monkeypatch):
     import ray
 
@@ -198,3 +207,17 @@ def test_the_job_s_address_comes_before_the_environment_s(monkeypatch, setting, 
     for _ in range(2):  # the second finds it started
         pipeline.start_ray(config.Cluster(address=setting))
     assert asked == [expected]
+
+
+def test_answers_for_rewards_are_finished_ones_with_their_prompts(tmp_path, monkeypatch):
+    made = job(run_root=str(tmp_path))
+    run = Run(made)
+    chats = {split: [{"role": "user", "content": split}] for split in ("train", "eval")}
+    prompts = [{"prompt_id": s, "messages": c, "source": "s", "split": s} for s, c in chats.items()]
+    run.out("prompts").write_table(from_rows(prompts, schema.PROMPTS), "prompts")
+    row = {"prompt_id": "train", "behaviour": "b", "token_ids": [1], "logprob_sum": 0.0, "weights_version": 0, "prompt_tokens": 1}
+    said = [("b", "yes", "stop"), ("a", "Well.", "sentence"), ("c", "and so", "length"), ("d", "  ", "stop")]
+    rows = [row | {"response_id": i, "text": text, "finish_reason": reason} for i, text, reason in said]
+    run.out("generate").write_table(from_rows(rows, schema.RESPONSES), "responses")
+    monkeypatch.setattr(pipeline, "run", lambda job, stages, progress: run)
+    assert pipeline.finished_answers(made) == [(chats["train"], "Well."), (chats["train"], "yes")]

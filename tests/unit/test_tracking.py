@@ -11,7 +11,7 @@ import pytest
 
 from ctrlray import config, pipeline, tracking
 from ctrlray.errors import ConfigError
-from ctrlray.ledger import Silent
+from ctrlray.ledger import Silent, StageResult
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 RAW = {
@@ -173,3 +173,18 @@ def test_what_is_tracked_is_also_shown(recorders):
     with Trackers(job({"type": "wandb"}), {}) as trackers:
         Tracked(Shown(), trackers, "train").measure("clm", 3, {"loss": 0.5})
     assert shown == [("clm", 3, {"loss": 0.5})] and recorders[0].told[0] == ({"train/clm/loss": 0.5}, 3)
+
+
+def test_what_the_evaluation_measured_is_logged(tmp_path, recorders, monkeypatch):
+    tracked = job({"type": "wandb"}, run_root=str(tmp_path))
+    pipeline.Run(tracked).out("train").write_json({}, "result.json")
+
+    def evaluate(run, progress):
+        run.out("evaluate").write_json({"clm": {"accuracy": {"value": 0.7, "low": 0.6}}}, "metrics.json")
+        return StageResult(1, 1)
+
+    monkeypatch.setitem(pipeline._RUNNERS, "evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "start_ray", lambda wanted: None)
+    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress: None)
+    pipeline.run(tracked, ["evaluate"])
+    assert ({"evaluate/clm/accuracy": 0.7}, None) in recorders[0].told
