@@ -128,8 +128,9 @@ def test_a_run_whose_root_was_taken_over_stops_before_its_next_stage(tmp_path, m
 
     def taken(run, progress):
         theirs = {"id": "x", "machine": "m", "host": "elsewhere", "pid": 7, "renewed": time.time()}
-        run.storage.write_json(theirs, lease.FILE)
-        time.sleep(0.2)
+        while not run.storage.exists(lease.FILE) or run.storage.read_json(lease.FILE)["id"] != "x":
+            run.storage.write_json(theirs, lease.FILE)  # again if a renewal was on its way
+            time.sleep(0.3)
         return StageResult(1, 1)
 
     monkeypatch.setitem(pipeline._RUNNERS, "prompts", taken)
