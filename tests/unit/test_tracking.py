@@ -163,6 +163,16 @@ def test_trackers_that_cannot_close_never_hide_how_the_run_ended(recorders, capl
     assert "did not close: still away" in caplog.text and recorders[1].told == [True]
 
 
+def test_a_tracker_that_does_not_start_ends_those_that_did(recorders, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no such server")
+
+    monkeypatch.setitem(tracking._KINDS, "mlflow", (refuse, "x"))
+    with pytest.raises(ConfigError, match="trackers: mlflow did not start: no such server"):
+        Trackers(job({"type": "wandb"}, {"type": "mlflow"}), {})
+    assert recorders[0].told == [True]
+
+
 def test_what_is_tracked_is_also_shown(recorders):
     shown = []
 
