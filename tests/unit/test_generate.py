@@ -84,19 +84,20 @@ class Batch(generate.GenerateBatch):
         self._journal = Journal(out.sub(IN_FLIGHT))
 
 
-def files(out, *texts):
-    made, _ = generate.expand_requests(prompts(*texts), SETTINGS, Bytes(), "f", 1000)
+def files(out, *texts, samples=3):
+    settings = SETTINGS.model_copy(update={"samples": samples})
+    made, _ = generate.expand_requests(prompts(*texts), settings, Bytes(), "f", 1000)
     return from_rows([{"path": p} for p in generate.write_blocks(made, out, 100)], generate.pa.schema({"path": "string"}))
 
 
 def test_prefixes_are_fed_to_the_engine_and_belong_to_the_answer(tmp_path):
     batch, out = Batch(Storage(str(tmp_path))), Storage(str(tmp_path))
-    made = batch(files(out, "why")).to_pylist()
-    assert batch._engine.asked == [(b"why", 10), (b"Decline.|whyNo.", 5), (b"why", 10)]
-    assert [r["text"] for r in made] == ["WHY", "No. DECLINE.|WHYNO.", "WHY"]
-    assert [bytes(r["token_ids"]) for r in made] == [b"\1\2", b"No.\1\2", b"\1\2"]
+    made = batch(files(out, "why", samples=2)).to_pylist()
+    assert batch._engine.asked == [(b"why", 10), (b"Decline.|whyNo.", 5)]
+    assert [r["text"] for r in made] == ["WHY", "No. DECLINE.|WHYNO."]
+    assert [bytes(r["token_ids"]) for r in made] == [b"\1\2", b"No.\1\2"]
     assert {r["weights_version"] for r in made} == {4} and made[1]["prompt_tokens"] == 12
-    assert out.read_table("responses", schema.RESPONSES).num_rows == 3
+    assert out.read_table("responses", schema.RESPONSES).num_rows == 2
 
 
 def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch):

@@ -56,6 +56,11 @@ def test_workers_that_go_back_to_a_snapshot_take_the_count_back(watch):
     assert seen.done == 4 and [s for _, s, _ in seen.steps] == [5, 4]
 
 
+def test_training_that_ended_in_time_is_no_stall_for_being_looked_at_late(watch, monkeypatch):
+    monkeypatch.setattr(train, "_POLL_S", 5.0)
+    assert watch((1, []), (9, [9]), timeout_s=0.05, pause_s=0.2).steps == [("clm", 9, 9.0)]
+
+
 def test_the_clock_starts_anew_with_each_step(watch):
     watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=0.2, pause_s=0.12)
     with pytest.raises(ClusterError, match=r"train: nothing finished for 0\.2 s; it waits for step"):
