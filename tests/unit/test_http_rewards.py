@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import numpy as np
 import pytest
 
@@ -286,3 +287,13 @@ def test_a_token_that_was_read_from_a_file_may_end_in_a_newline(server, monkeypa
     monkeypatch.setenv("SCORE_TOKEN", "s3cret\n")
     reward(server, token_env="SCORE_TOKEN")(CHATS[:1], TEXTS[:1])
     assert server.seen[0][2]["Authorization"] == "Bearer s3cret"
+
+
+def test_an_address_that_swallows_connections_ends_the_stage_at_once(server):
+    def swallowed(request):
+        raise httpx.ConnectTimeout("no route")
+
+    scorer = reward(server, retries=0)
+    scorer._caller._client = httpx.Client(transport=httpx.MockTransport(swallowed))
+    with pytest.raises(ClusterError, match=r"not reachable \(no route\) after 1 tries"):
+        scorer(CHATS[:1], TEXTS[:1])

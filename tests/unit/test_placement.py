@@ -59,8 +59,10 @@ BIG_WORKERS = ["train.workers=3", "train.cpus_per_worker=1.5"]
         (["train.workers=3"], [Node(2, 0, 16)], "train needs 3 CPUs, the cluster has 2: 1 too few.*fits: train.workers=2. Or"),
         (TENSOR_PARALLEL, [Node(8, 2, 64)], "needs 4 GPUs, the cluster has 2: 2 too few.*No smaller pool fits: add a node with"),
         (THREE_ENGINES, [Node(2, 0, 16)], "score needs 3.3 CPUs.*; evaluate needs.*max_size=1, generate.pool.min_size=1"),
+        (THREE_ENGINES, [Node(2.9, 0, 32)], "fits: generate.pool.max_size=2, generate.pool.min_size=2. Or"),
         (["train.cpus_per_worker=3"], [Node(2, 0, 16)] * 2, "has worker actors of 3 CPUs.*fits: train.cpus_per_worker=1.5"),
         (["train.workers=2"], [Node(4, 0, 7.2)], r"GiB of memory, the cluster has 7.2: .*fits: train.workers=1"),
+        (["train.micro_batch_tokens=1000"], [Node(2, 0, 5)], "GiB of memory, the cluster has 5: .*micro_batch_tokens=500. Or"),
         (BIG_WORKERS, [Node(2, 0, 16)] * 2, "needs 4.5 CPUs.*train.workers=2"),
         (["train.cpus_per_worker=1.5"], [Node(1, 0, 9)] * 3, "more than any node has.*worker=0.75"),
         (BIG_WORKERS, [Node(2.9, 0, 16)] * 2, "does not pack onto the 2 nodes.*train.workers=2"),
@@ -140,8 +142,7 @@ def test_every_reward_reserves_a_pool_and_gpu_engines_keep_their_cache_there():
 
 
 def test_large_actors_are_placed_before_small_ones():
-    groups = [Group("p", "small", 2, 1.0, 0, 0), Group("p", "large", 1, 2.0, 0, 0)]
-    assert packs(groups, [Node(2, 0, 1), Node(2, 0, 1)])
+    assert packs([Group("p", "small", 1, 1.0, 0, 0), Group("p", "large", 1, 2.0, 0, 0)], [Node(2, 0, 1), Node(1, 0, 1)])
 
 
 def test_a_shortage_of_a_thousandth_is_not_called_none():
