@@ -660,7 +660,12 @@ def _assign(raw: dict[str, Any], assignment: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not YAML ({' '.join(str(error).split())}); quote or close it") from error
-    node[_index(node, last, key) if isinstance(node, list) else last] = value
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
+    elif isinstance(node, dict):
+        node[last] = value
+    else:
+        raise ConfigError(f"--set {key}: {'.'.join(parents)} is not a mapping; set it as a whole")
 
 
 def _index(node: list[Any], part: str, key: str) -> int:
@@ -672,6 +677,8 @@ def _index(node: list[Any], part: str, key: str) -> int:
 def _descend(node: Any, part: str, key: str) -> Any:
     if isinstance(node, list):
         return node[_index(node, part, key)]
+    if not isinstance(node, dict):
+        raise ConfigError(f"--set {key}: {part!r} lies under a value that is not a mapping")
     if not isinstance(node.get(part), dict | list):
         node[part] = {}
     return node[part]
