@@ -16,7 +16,7 @@ from click.shell_completion import CompletionItem, get_completion_class
 
 from ctrlray import __version__
 from ctrlray.config import Job, load_job, packaged_jobs, setting_names
-from ctrlray.errors import CtrlRayError
+from ctrlray.errors import CtrlRayError, StorageError
 
 if TYPE_CHECKING:
     from ctrlray.console import Console
@@ -26,6 +26,10 @@ _EXAMPLES = {
     "pipeline": "ctrlray pipeline\nctrlray pipeline job.yaml\nctrlray pipeline job.yaml --set train.epochs=3 --dry-run",
     "stage": "ctrlray {verb}\nctrlray {verb} job.yaml --set run_root=/data/run1",
 }
+
+
+_RAY_DATA_ADVICE = "\nFailed to apply UDF transform after"
+"""Ray Data ends every error of an actor with advice on settings of its own, which are not ctrlray's."""
 
 
 class _Examples(click.Command):
@@ -145,6 +149,7 @@ def _fail(error: BaseException, debug: bool) -> None:
     found = _root_cause(error)
     known = isinstance(found, CtrlRayError)
     text = str(getattr(found, "cause", None) or found) if known else f"{type(found).__name__}: {found}".strip()[-1500:]
+    text = text.split(_RAY_DATA_ADVICE)[0]
     click.secho(f"error: {text}", fg="red", err=True)
     if not known and not debug:
         click.echo("run again with --debug for the traceback; finished work is kept", err=True)
@@ -444,3 +449,5 @@ def _readable_errors() -> Iterator[None]:
         yield
     except CtrlRayError as error:
         _fail(error, False)
+    except OSError as error:
+        _fail(StorageError(f"{error}. Check the storage and its credentials, then run the same command again"), False)

@@ -11,6 +11,7 @@ import os
 import re
 import types
 import typing
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -25,9 +26,9 @@ QUICKSTART = "quickstart"
 
 
 class Frozen(BaseModel):
-    """Base of all settings: immutable, and unknown keys are an error."""
+    """Base of all settings: immutable, numbers finite, and unknown keys are an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 T = typing.TypeVar("T", bound=Frozen)
@@ -54,7 +55,7 @@ class Attribute(Frozen):
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
     """Appears in control codes, template variables and the API. Lower case."""
     levels: Annotated[int, Field(ge=2, le=10)] = 5
-    score: str | Annotated[dict[str, Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=1)] | None = None
+    score: str | Annotated[dict[str, float], Field(min_length=1)] | None = None
     """Which reward output feeds this attribute; a mapping adds outputs up by weight; its own name when unset."""
 
     @property
@@ -553,7 +554,9 @@ class Job(Frozen):
         return self
 
     def _check_rewards(self) -> None:
-        known = [set(r.outputs) for r in self.rewards if r.outputs is not None]
+        known = [r.outputs for r in self.rewards if r.outputs is not None]
+        if twice := sorted(o for o, times in Counter(o for outputs in known for o in outputs).items() if times > 1):
+            raise ValueError(f"rewards: {twice[0]!r} is given twice, and one of the two would be lost; give each its own name")
         if len(known) == len(self.rewards):
             given = set().union(*known)
             for a in self.control.attributes:
@@ -658,17 +661,28 @@ def assign(raw: dict[str, Any], assignment: str) -> None:
     *parents, last = key.split(".")
     node: Any = raw
     for part in parents:
-        node = node[int(part)] if isinstance(node, list) and part.isdigit() else _descend(node, part, key)
-    value = yaml.safe_load(text)
-    if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
+        node = _descend(node, part, key)
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {key}: {text!r} is not YAML ({' '.join(str(error).split())}); quote or close it") from error
+    if isinstance(node, list):
+        node[_index(node, last, key)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
         raise ConfigError(f"--set {key}: {'.'.join(parents)} is not a mapping; set it as a whole")
 
 
+def _index(node: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(node):
+        raise ConfigError(f"--set {key}: {part!r} is no place in a list of {len(node)}, counted from 0; set the list as a whole")
+    return int(part)
+
+
 def _descend(node: Any, part: str, key: str) -> Any:
+    if isinstance(node, list):
+        return node[_index(node, part, key)]
     if not isinstance(node, dict):
         raise ConfigError(f"--set {key}: {part!r} lies under a value that is not a mapping")
     if not isinstance(node.get(part), dict | list):

@@ -20,6 +20,7 @@ from ctrlray.tables import Storage
 
 FILE = "running.json"
 RENEW_S, STALE_S = 15.0, 60.0
+_KEYS = {"id", "machine", "host", "pid", "renewed"}
 
 
 class Lease:
@@ -82,7 +83,17 @@ def require_free(storage: Storage) -> None:
 
 
 def _noted(storage: Storage) -> dict[str, Any] | None:
-    return dict(storage.read_json(FILE)) if storage.exists(FILE) else None
+    if not storage.exists(FILE):
+        return None
+    try:
+        found = storage.read_json(FILE)
+    except FileNotFoundError:  # given back since
+        return None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not set(found) >= _KEYS:
+        raise ConfigError(f"{storage.path(FILE)} is not a lease of a run; delete it when no run writes to {storage.uri}")
+    return found
 
 
 def alive(holder: dict[str, Any]) -> bool:

@@ -261,17 +261,19 @@ def _await_fit(job: config.Job, progress: Progress) -> None:
     groups = placement.plan(job, shape)
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
-    while (problem := placement.misfit(job, groups, _nodes(), shape)) is not None:
-        if time.monotonic() >= end:
-            waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
-            raise ClusterError(problem + waited)
-        if not asked:
-            request_resources(bundles=placement.bundles(groups))
-            asked = True
-            progress.note(f"waiting for the cluster to grow: {problem}")
-        time.sleep(min(_GROWTH_POLL_S, max(end - time.monotonic(), 0)))
-    if asked:
-        request_resources(bundles=[])  # what the stages reserve keeps the nodes from here on
+    try:
+        while (problem := placement.misfit(job, groups, _nodes(), shape)) is not None:
+            if time.monotonic() >= end:
+                waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
+                raise ClusterError(problem + waited)
+            if not asked:
+                request_resources(bundles=placement.bundles(groups))
+                asked = True
+                progress.note(f"waiting for the cluster to grow: {problem}")
+            time.sleep(min(_GROWTH_POLL_S, max(end - time.monotonic(), 0)))
+    finally:
+        if asked:  # a request outlives the run that made it: nodes for a refused job would come and stay
+            request_resources(bundles=[])  # and what the stages of an admitted one reserve keeps its nodes
 
 
 def _nodes() -> list[placement.Node]:

@@ -91,10 +91,11 @@ class Trackers(AbstractContextManager["Trackers"]):
             kind, package = _KINDS[settings.type]
             try:
                 self._open.append(kind(settings, job, parameters))
-            except ImportError as error:
-                raise ConfigError(f"trackers: {settings.type} needs the package {package}: `pip install {package}`") from error
             except Exception as error:
-                raise ConfigError(f"trackers: {settings.type} did not start: {error}. Correct it or take it off") from error
+                self.__exit__(type(error), error, None)  # those before it have begun a run each
+                lacks = f"needs the package {package}: `pip install {package}`"
+                what = lacks if isinstance(error, ImportError) else f"did not start: {error}. Correct it or take it off"
+                raise ConfigError(f"trackers: {settings.type} {what}") from error
 
     def log(self, values: Values, step: int | None = None) -> None:
         """Send numbers to every tracker that still works."""

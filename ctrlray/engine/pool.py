@@ -117,7 +117,7 @@ class EnginePool:
         if self._restarts > self._pool.max_restarts:
             raise ClusterError(
                 f"{self._name}: engines ended {self._restarts} times, more than generate.pool.max_restarts="
-                f"{self._pool.max_restarts} allows; the last one with: {_last_line(error)}"
+                f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
             ) from error
         ray.kill(self._engines[index])  # one that only raised is in an unknown state
         self._engines[index] = self._start(index)
@@ -137,7 +137,7 @@ class EnginePool:
                 f"{ray.available_resources().get('CPU', 0):g} CPUs and {ray.available_resources().get('GPU', 0):g} GPUs are free"
             ) from error
         except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            raise ClusterError(f"{self._name}: an engine did not start: {_last_line(error)}") from error
+            raise ClusterError(f"{self._name}: an engine did not start: {last_line(error)}") from error
 
     def load_weights(self, folder: str) -> int:
         """Swap the weights of every engine; stops the run when engines disagree. Returns the new version."""
@@ -156,5 +156,6 @@ class EnginePool:
         self._engines = []
 
 
-def _last_line(error: Exception) -> str:
+def last_line(error: Exception) -> str:
+    """What an error that came from another process says in the end: the exception there, below its traceback."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()

@@ -21,6 +21,7 @@ import ray.data
 from ctrlray import config, schema
 from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.pool import last_line
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
@@ -218,10 +219,9 @@ def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) ->
                 block.num_rows, sum(map(len, block["token_ids"].to_pylist())) if "token_ids" in block.column_names else 0
             )
     except ray.exceptions.RayActorError as error:
-        raise ClusterError(
-            f"{patience.stage}: an actor died more often than pool.max_restarts allows, with {patience.waits_for()}. "
-            "What is finished is kept."
-        ) from error
+        often = f"an actor died more often than pool.max_restarts allows, with {patience.waits_for()}"
+        what = "an actor did not start" if error.actor_init_failed else often
+        raise ClusterError(f"{patience.stage}: {what}; it ended with: {last_line(error)}. What is finished is kept.") from error
 
 
 def _accounts(requests: pa.Table, num_refused: int, out: Storage) -> StageResult:

@@ -8,6 +8,7 @@ batch comes again (Ray retries it on the restarted actor) are groups that ended 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import socket
@@ -81,7 +82,11 @@ class Journal:
         return sorted(found, key=lambda n: str(n["since"]))
 
     def _notes(self, batch: str) -> list[dict[str, Any]]:
-        return [self._out.read_json(batch, n) for n in self._out.names(batch, suffix=".json")]
+        found = []
+        for name in self._out.names(batch, suffix=".json"):
+            with contextlib.suppress(FileNotFoundError):  # erased since it was listed: that group is done
+                found.append(self._out.read_json(batch, name))
+        return found
 
 
 _SILENT = "the process ended without a word; see the actor's log in Ray's session folder"

@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray.data
 
 from ctrlray import config, schema
-from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.errors import ClusterError, ConfigError, CtrlRayError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
 from ctrlray.placement import WRITE_CPUS
@@ -37,11 +37,17 @@ class ScoreBatch:
         _yield_to_engines()
         self._journal = journal
         self._keep_truncated = keep_truncated
-        self._scorer: Scorer = build(reward)
+        self._refusal: CtrlRayError | None = None
+        try:
+            self._scorer: Scorer = build(reward)
+        except CtrlRayError as error:  # Ray would start the actor again and again, and then not say why
+            self._refusal = error
         self._conversations: Conversations = ray.get(conversations)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Add one `raw_<output>` column per output, NaN where the reward failed, and the failures' reasons."""
+        if self._refusal is not None:
+            raise self._refusal
         ids = batch["response_id"].to_pylist()
         parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)))
         if killers or not parts:

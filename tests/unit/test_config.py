@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from ctrlray.estimate import estimate
 
 ROOT = Path(__file__).parents[2]
 CONTROL = {"attributes": [{"name": "brevity", "levels": 3}]}
+JUDGE = {"type": "judge", "url": "http://h/v1", "model": "m", "attribute": "brevity", "rubric": "r"}
 REWARD = [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity"]}]
 
 
@@ -48,6 +50,33 @@ def test_set_overrides_with_yaml_values():
 
 
 @pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.objectives=[{type: exmate", r"--set train\.objectives: '\[\{type: exmate' is not YAML.*quote or close it"),
+        ("generate.behaviours.9.name=x", r"--set generate\.behaviours\.9\.name: '9' is no place in a list of 2"),
+        ("generate.behaviours.2={name: x}", r"--set generate\.behaviours\.2: '2' is no place in a list of 2"),
+        ("generate.behaviours.plain.name=x", "'plain' is no place in a list of 2"),
+        ("seed", "--set 'seed': write it as a.b=value"),
+    ],
+)
+def test_a_setting_that_cannot_be_set_is_named(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load_job("smoke", [assignment])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("evaluate.methods.0.x=1", r"--set evaluate\.methods\.0\.x: evaluate\.methods\.0 is not a mapping; set it as a whole"),
+        ("evaluate.methods.0.x.y=1", r"--set evaluate\.methods\.0\.x\.y: 'x' lies under a value that is not a mapping"),
+    ],
+)
+def test_nothing_is_set_below_a_plain_value_in_a_list(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load_job("smoke", ["evaluate.methods=[start]", assignment])
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"control": {"attributes": [{"name": "brevity", "levels": 1}]}}, "levels"),
@@ -62,6 +91,22 @@ def test_set_overrides_with_yaml_values():
         ({"evaluate": {"levels": [[1, 4]]}}, "must lie in 1..3"),
         ({"train": {"zero_stage": 4}}, "zero_stage"),
         ({"generate": {"pool": {"min_size": 3, "max_size": 2}}}, "raise max_size"),
+        ({"control": {"attributes": [{"name": "brevity"}] * 2}}, "attribute names must differ"),
+        ({"control": {"attributes": [{"name": "role"}]}}, "'role' is a chat template variable"),
+        ({"generate": {"behaviours": [{"name": "a"}, {"name": "a"}]}}, "behaviour names must differ"),
+        ({"generate": {"behaviours": [{"name": "a", "max_tokens": 65}]}}, "max_tokens=65 of 'a' is above sampling.max_tokens=64"),
+        ({"rewards": [{**JUDGE, "lowest": 10, "highest": 10}]}, "lowest=10.0 must be below highest=10.0"),
+        ({"train": {"offload": "all", "zero_stage": 2, "gpus_per_worker": 1}}, "needs zero_stage 3 or more, got 2"),
+        ({"train": {"offload": "optimizer", "zero_stage": 1}}, "set gpus_per_worker, or offload to none"),
+        ({"train": {"objectives": [{"type": "clm"}, {"type": "clm"}]}}, "each type at most once"),
+        ({"export": {"levels": {"brevity": [3, 2]}}}, "brevity=3..2 must lie in 1..3"),
+        ({"export": {"levels": {"brevity": [1, 2]}, "defaults": {"brevity": 3}}}, "defaults.brevity=3 must lie in 1..2"),
+        ({"evaluate": {"levels": [[1], [2]]}}, r"one list per attribute \(1\)"),
+        ({"evaluate": {"levels": [[0, 1]]}}, "must lie in 1..3"),
+        ({"evaluate": {"levels": [[]]}}, "must lie in 1..3"),
+        ({"rewards": REWARD * 2}, "rewards: 'brevity' is given twice.*its own name"),
+        ({"train": {"learning_rate": math.inf}}, "learning_rate: .* finite"),
+        ({"train": {"epochs": math.inf}}, "epochs: .* finite"),
     ],
 )
 def test_bad_settings_name_the_field(extra, message):
@@ -129,3 +174,31 @@ def test_an_attribute_can_add_up_several_outputs():
     raw["rewards"][0]["attributes"] = ["warm"]
     with pytest.raises(ConfigError, match="no reward gives 'curt'"):
         config.parse(config.Job, raw, where="test")
+
+
+def test_heads_files_may_give_outputs_that_the_job_cannot_know():
+    raw = {"control": {"attributes": [{"name": "charm"}]}, "rewards": [{"type": "embedded", "heads": "/my.safetensors"}]}
+    assert job(**raw).rewards[0].outputs is None
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"- a\n", "is a mapping of settings, got list"), (b"\xff\xfe\x00", "cannot read"), (b"a: [", "cannot read")],
+)
+def test_job_files_that_are_no_jobs_are_named(tmp_path, content, said):
+    file = tmp_path / "job.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=said) as caught:
+        config.load_job(file)
+    assert str(file) in str(caught.value)
+
+
+def test_run_roots(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert job(run_root="~/run").root == "/home/me/run" and job(run_root="s3://bucket/~x").root == "s3://bucket/~x"
+
+
+def test_a_wrong_value_is_shown_but_not_at_any_length():
+    with pytest.raises(ConfigError, match=r'samples: .* \(got "x{50,119}\)') as caught:
+        job(generate={"samples": "x" * 10_000})
+    assert len(str(caught.value)) < 400

@@ -7,6 +7,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import httpx
 import numpy as np
 import pytest
 
@@ -60,7 +61,7 @@ class Handler(BaseHTTPRequestHandler):
 def server(monkeypatch):
     monkeypatch.setattr(http, "_BACKOFF", lambda state: 0.01)
     made = Server()
-    threading.Thread(target=made.serve_forever, daemon=True).start()
+    threading.Thread(target=made.serve_forever, args=(0.02,), daemon=True).start()
     yield made
     made.shutdown()
     made.server_close()
@@ -217,3 +218,82 @@ def test_not_a_completion_is_an_error(server):
     server.behave = lambda body, call: (200, {"choices": []})
     with pytest.raises(DataError, match="not a chat completion"):
         judge(server)(CHATS[:1], TEXTS[:1])
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (401, "status 401, the token is missing or wrong; set rewards.token_env"),
+        (403, "status 403, the token may not do this; set rewards.token_env"),
+        (404, "status 404, there is nothing at this address$"),
+    ],
+)
+def test_a_wrong_address_or_token_ends_the_stage(server, status, said):
+    server.behave = lambda body, call: (status, "no")
+    with pytest.raises(ConfigError, match=said):
+        score_rows(reward(server, batch_size=5), CHATS, TEXTS)
+    assert len(server.seen) == 1
+
+
+def test_a_request_that_the_server_refuses_is_an_error_of_its_rows_with_the_server_s_words(server):
+    good = server.behave
+    server.behave = lambda body, call: (422, '{"detail": "too long"}') if "ccc" in body["responses"] else good(body, call)
+    _, errors = score_rows(reward(server, batch_size=5), CHATS, TEXTS)
+    assert [bool(e) for e in errors] == [False, False, True, False, False]
+    assert "status 422" in errors[2] and "too long" in errors[2]
+    assert len(server.seen) == 1 + 5  # not tried again
+
+
+def test_rows_that_break_the_server_now_and_then_never_end_the_stage(server):
+    good = server.behave
+    server.behave = lambda body, call: (500, "boom") if len(body["responses"][0]) % 2 else good(body, call)
+    scorer = reward(server, batch_size=1, retries=0, concurrency=1)
+    chats, texts = CHATS[:1] * 8, ["a" * n for n in range(1, 9)]
+    for chat, text in zip(chats, texts, strict=True):  # four are given up, never three in a row
+        _, (error,) = score_rows(scorer, [chat], [text])
+        assert bool(error) == (len(text) % 2 == 1)
+
+
+def test_a_connection_that_breaks_is_tried_again(server):
+    good = server.behave
+
+    def breaks_once(body, call):
+        if call == 1:
+            raise ConnectionResetError
+        return good(body, call)
+
+    server.behave, server.handle_error = breaks_once, lambda *_: None
+    assert reward(server)(CHATS[:1], TEXTS[:1])["size"].tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"), [("86400", 30, 30), ("-5", 0, 1), ("Wed, 21 Oct 2026 07:28:00 GMT", 0, 1), (None, 0, 1)]
+)
+def test_no_server_can_ask_for_a_wait_without_end(header, least, most):
+    failed = http._Transient("status 429", http._seconds(header))
+    state = http.RetryCallState(None, None, (), {})
+    state.set_exception((type(failed), failed, None))
+    assert least <= http._wait(state) <= most
+
+
+def test_judge_s_address_may_end_in_a_slash_and_its_words_are_limited(server):
+    server.behave = lambda body, call: (200, completion("Rating: 4"))
+    reward = config.JudgeReward(url=f"{server.url}/v1/", model="m", attribute="tact", rubric="r", max_tokens=7)
+    build(reward)(CHATS[:1], TEXTS[:1])
+    assert server.seen[0][1] == "/v1/chat/completions" and server.seen[0][3]["max_tokens"] == 7
+
+
+def test_a_token_that_was_read_from_a_file_may_end_in_a_newline(server, monkeypatch):
+    monkeypatch.setenv("SCORE_TOKEN", "s3cret\n")
+    reward(server, token_env="SCORE_TOKEN")(CHATS[:1], TEXTS[:1])
+    assert server.seen[0][2]["Authorization"] == "Bearer s3cret"
+
+
+def test_an_address_that_swallows_connections_ends_the_stage_at_once(server):
+    def swallowed(request):
+        raise httpx.ConnectTimeout("no route")
+
+    scorer = reward(server, retries=0)
+    scorer._caller._client = httpx.Client(transport=httpx.MockTransport(swallowed))
+    with pytest.raises(ClusterError, match=r"not reachable \(no route\) after 1 tries"):
+        scorer(CHATS[:1], TEXTS[:1])

@@ -1,10 +1,12 @@
 """Finding the rows that end processes, by hand and over random batches."""
 
+import os
 import random
 
 import pytest
 
 from ctrlray.isolate import plan
+from ctrlray.stages import journal as notes
 from ctrlray.stages.journal import Journal
 from ctrlray.tables import Storage
 
@@ -50,8 +52,9 @@ def test_exactly_the_guilty_rows_are_left_out(tmp_path, seed):
 def test_clear_forgets(tmp_path):
     journal = Journal(Storage(str(tmp_path / "notes")))
     journal.clear()
-    with pytest.raises(ZeroDivisionError):
-        journal.run(["a"], lambda group: 1 / 0)
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            journal.run(["a"], lambda group: 1 / 0)
     assert journal.run(["a"], len) == ([1], {})  # an error is no death
     for _ in range(2):
         with pytest.raises(SystemExit):
@@ -60,3 +63,71 @@ def test_clear_forgets(tmp_path):
     assert results == [] and "without a word" in killers[0]
     journal.clear()
     assert journal.run(["a"], len) == ([1], {})
+
+
+@pytest.fixture
+def mortal(monkeypatch):
+    """Processes end by an exception here."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+
+def test_a_row_that_was_once_alone_when_its_node_went_away_is_tried_again(tmp_path):
+    journal, ids = Journal(Storage(str(tmp_path))), ["a", "b", "c"]
+    ends_at = [[0, 1, 2], [1]]  # each once
+
+    def work(group):
+        if group in ends_at:
+            ends_at.remove(group)
+            raise SystemExit
+        return group
+
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            journal.run(ids, work)
+    assert journal.run(ids, work) == ([[0], [1], [2]], {})
+
+
+def test_last_words_are_kept_for_the_row_that_was_alone(tmp_path, mortal):
+    journal = Journal(Storage(str(tmp_path)))
+
+    def work(group):
+        if 1 in group:
+            journal.die(ValueError("token -7 is out of range"))
+        return group
+
+    for _ in range(3):  # all together, then row 1 alone, twice
+        with pytest.raises(SystemExit):
+            journal.run(["a", "b"], work)
+    assert journal.run(["a", "b"], work) == ([[0]], {1: "ValueError: token -7 is out of range"})
+    assert journal.run(["b", "a"], len) == ([2], {})  # row numbers of another batch
+
+
+def test_notes_name_the_oldest_work_first_and_the_row_it_began_with(tmp_path, mortal, monkeypatch):
+    journal = Journal(Storage(str(tmp_path)))
+    for ids, now in ((["late", "x"], "09:05"), (["early", "y"], "09:00")):
+        monkeypatch.setattr(notes, "_now", lambda now=now: now)
+        with pytest.raises(SystemExit):
+            journal.run(ids, lambda group: journal.die(KeyError("q")))
+    found = journal.in_flight()
+    assert [(n["first"], n["since"], n["rows"], n["error"]) for n in found] == [
+        ("early", "09:00", [0, 1], "KeyError: 'q'"),
+        ("late", "09:05", [0, 1], "KeyError: 'q'"),
+    ]
+    with pytest.raises(SystemExit):
+        journal.run(["late", "x"], lambda group: journal.die(KeyError("q")) if group == [1] else None)
+    assert "x" in [n["first"] for n in journal.in_flight()]
+
+
+def test_a_note_that_is_erased_while_others_are_read_is_no_error(tmp_path, mortal):
+    class Fleeting(Storage):
+        def names(self, *parts, suffix=""):
+            return ["000000-000001.json", *super().names(*parts, suffix=suffix)]
+
+    journal = Journal(Fleeting(str(tmp_path)))
+    with pytest.raises(SystemExit):
+        journal.run(["a", "b"], lambda group: journal.die(KeyError("q")))
+    assert [n["first"] for n in journal.in_flight()] == ["a"]

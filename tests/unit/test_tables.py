@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 
 import pyarrow as pa
 import pytest
 
 from ctrlray import schema
-from ctrlray.errors import ConfigError, DataError
+from ctrlray.errors import ConfigError, DataError, StorageError
 from ctrlray.ledger import StageResult
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -24,14 +26,23 @@ def test_parts_are_read_in_order_and_replace_themselves(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_failed_write_leaves_nothing(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "disk is full.*run the same command again"),
+        (errno.EDQUOT, "disk is full.*run the same command again"),
+        (errno.EROFS, "read-only file system. Make the folder writable"),
+        (errno.EIO, "Input/output error. Check the storage and its credentials"),
+    ],
+)
+def test_failed_write_leaves_nothing(tmp_path, monkeypatch, number, said):
     out = Storage(str(tmp_path))
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match=r"disk is full.*run the same command again"):
+    monkeypatch.setattr("os.fsync", fail)
+    with pytest.raises(StorageError, match=said):
         out.write_bytes(b"x" * 10, "file")
     assert list(tmp_path.iterdir()) == []
 
@@ -64,6 +75,8 @@ def test_ledger_finds_a_lost_row():
     StageResult(5, 3, {"why": 1}, {"error": 1}).check("s")
     with pytest.raises(DataError, match="1 are unaccounted for"):
         StageResult(5, 3, {"why": 1}).check("s")
+    with pytest.raises(DataError, match="-1 are unaccounted for"):  # one counted twice
+        StageResult(5, 5, {"why": 1}).check("s")
 
 
 def test_ids_by_hand():

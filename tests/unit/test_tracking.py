@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
+from typing import ClassVar
 
 import pytest
 
-from ctrlray import config, pipeline
+from ctrlray import config, pipeline, tracking
 from ctrlray.errors import ConfigError
-from ctrlray.ledger import Silent
+from ctrlray.ledger import Silent, StageResult
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 RAW = {
@@ -67,6 +69,9 @@ def test_wandb_offline(tmp_path, monkeypatch):
     with Trackers(job({"type": "wandb", "mode": "offline"}), {"train.epochs": 2}) as trackers:
         trackers.log({"train/exmate/loss": 2.0}, 1)
     (file,) = (tmp_path / "ctrlray" / "wandb").glob("offline-run-*/*.wandb")
+    end = time.monotonic() + 20  # a process of its own writes it, and is not waited for
+    while b"train/exmate/loss" not in file.read_bytes() and time.monotonic() < end:
+        time.sleep(0.05)
     assert b"train/exmate/loss" in file.read_bytes()
 
 
@@ -114,3 +119,82 @@ def test_numbers_by_hand():
     value = {"value": 0.7, "low": 0.6, "high": 0.8}
     metrics = {"exmate": {"attributes": {"brevity": {"pairwise": value, "mae": value | {"value": None}}}, "note": "x"}}
     assert control_numbers(metrics) == {"evaluate/exmate/attributes/brevity/pairwise": 0.7}
+
+
+class Recorder:
+    """A tracker that keeps what it is told, or breaks at everything."""
+
+    made: ClassVar[list[Recorder]] = []
+
+    def __init__(self, settings, job, parameters):
+        self.broken, self.told, self.asked = settings.type == "mlflow", [], 0
+        self.made.append(self)
+
+    def log(self, values, step):
+        self.asked += 1
+        if self.broken:
+            raise ConnectionError("away")
+        self.told.append((dict(values), step))
+
+    def close(self, failed):
+        if self.broken:
+            raise ConnectionError("still away")
+        self.told.append(failed)
+
+
+@pytest.fixture
+def recorders(monkeypatch):
+    monkeypatch.setattr(tracking, "_KINDS", {"mlflow": (Recorder, "x"), "wandb": (Recorder, "x")})
+    monkeypatch.setattr(Recorder, "made", [])
+    return Recorder.made
+
+
+def test_a_broken_tracker_is_asked_once_and_the_one_behind_it_misses_nothing(recorders):
+    with Trackers(job({"type": "mlflow"}, {"type": "wandb"}), {}) as trackers:
+        trackers.log({"a": 1.0})
+        trackers.log({"a": 2.0}, 7)
+    broken, whole = recorders
+    assert broken.asked == 1 and whole.told == [({"a": 1.0}, None), ({"a": 2.0}, 7), False]
+
+
+def test_trackers_that_cannot_close_never_hide_how_the_run_ended(recorders, caplog):
+    with pytest.raises(ZeroDivisionError), Trackers(job({"type": "mlflow"}, {"type": "wandb"}), {}):
+        _ = 1 / 0
+    assert "did not close: still away" in caplog.text and recorders[1].told == [True]
+
+
+def test_a_tracker_that_does_not_start_ends_those_that_did(recorders, monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("no such server")
+
+    monkeypatch.setitem(tracking._KINDS, "mlflow", (refuse, "x"))
+    with pytest.raises(ConfigError, match="trackers: mlflow did not start: no such server"):
+        Trackers(job({"type": "wandb"}, {"type": "mlflow"}), {})
+    assert recorders[0].told == [True]
+
+
+def test_what_is_tracked_is_also_shown(recorders):
+    shown = []
+
+    class Shown(Silent):
+        def measure(self, name, step, values):
+            shown.append((name, step, values))
+
+    with Trackers(job({"type": "wandb"}), {}) as trackers:
+        Tracked(Shown(), trackers, "train").measure("clm", 3, {"loss": 0.5})
+    assert shown == [("clm", 3, {"loss": 0.5})] and recorders[0].told[0] == ({"train/clm/loss": 0.5}, 3)
+
+
+def test_what_the_evaluation_measured_is_logged(tmp_path, recorders, monkeypatch):
+    tracked = job({"type": "wandb"}, run_root=str(tmp_path))
+    pipeline.Run(tracked).out("train").write_json({}, "result.json")
+
+    def evaluate(run, progress):
+        run.out("evaluate").write_json({"clm": {"accuracy": {"value": 0.7, "low": 0.6}}}, "metrics.json")
+        return StageResult(1, 1)
+
+    monkeypatch.setitem(pipeline._RUNNERS, "evaluate", evaluate)
+    monkeypatch.setattr(pipeline, "start_ray", lambda wanted: None)
+    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress: None)
+    pipeline.run(tracked, ["evaluate"])
+    assert ({"evaluate/clm/accuracy": 0.7}, None) in recorders[0].told
