@@ -235,9 +235,10 @@ class _Loop:
 
     def _step(self, step: int) -> dict[str, float]:
         from ctrlray.train.engine import learning_rate_factor
-        from ctrlray.train.worker import sum_over_ranks
+        from ctrlray.train.worker import reseed, sum_over_ranks
 
         s, began = self.task.settings, time.perf_counter()
+        reseed(self.task.seed, step, self.rank)
         units = [self.labels.train[i] for i in self.steps[step]]
         mine = self.labels.shards(units, self.ranks, s.micro_batch_tokens)[self.rank]
         rate = learning_rate_factor(step, len(self.steps), s.warmup)

@@ -64,6 +64,13 @@ def _use_all_cores(settings: config.Optimization) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // settings.workers))
 
 
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Draw anew for each step and rank: a resumed run drops out what an undisturbed one does."""
+    import torch
+
+    torch.manual_seed(int(schema.digest(seed, step, rank), 16) % 2**63)
+
+
 class _Loop:
     """State of one worker's training."""
 
@@ -132,14 +139,11 @@ class _Loop:
             self.task.out.write_json({"step": len(self.curves), "steps": len(self.steps), "recent": recent}, "progress.json")
 
     def _step(self, step: int) -> dict[str, float]:
-        import torch
-
         from ctrlray.train.batches import shard, tree_rows
         from ctrlray.train.engine import learning_rate_factor
 
         s, began = self.task.settings, time.perf_counter()
-        # drawn anew for each step and rank: a resumed run drops out what an undisturbed one does
-        torch.manual_seed(int(schema.digest(self.task.seed, step, self.rank), 16) % 2**63)
+        reseed(self.task.seed, step, self.rank)
         wrong = self.task.objective.type == "exmate" and self.task.objective.weight > 0
         chosen = [(i, self.train[i]) for i in self.steps[step]]
         rows = tree_rows(chosen, wrong=wrong, share=s.share_prompts and self.learner.shares)

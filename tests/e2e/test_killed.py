@@ -141,6 +141,27 @@ def test_a_killed_actor_is_replaced_and_the_run_finishes_by_itself(whole, tiny, 
     found[0].kill()
     assert process.wait(timeout=600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
     assert ids(pipeline.Run(config.load_job(job))) == ids(whole)
+    if stage == "train":  # back to the last snapshot, and from there the same steps
+        assert adapter(root) == adapter(Path(whole.storage.path()))
+
+
+def adapter(root: Path) -> bytes:
+    return next(root.glob("train/*/exmate/adapter/adapter.safetensors")).read_bytes()
+
+
+def test_training_that_was_killed_ends_with_the_parameters_of_an_undisturbed_one(whole, tiny, tmp_path):
+    """Killed behind a snapshot; optimizer, schedule, data position and random numbers go on, to the bit."""
+    root = tmp_path / "run"
+    for done in ("prompts", "generate", "score", "distill"):
+        shutil.copytree(Path(whole.storage.path()) / done, root / done)
+    job = write_job(tmp_path, tiny, root)
+    kill_when(job, lambda: any('"step": 3' in f.read_text() for f in root.glob("train/*/*/progress.json")))
+    kept = list(root.glob("train/*/ray_train/*/checkpoint_*/snapshot.safetensors"))
+    assert kept, "the run was killed before its first snapshot"
+    finish(job, "train")
+    assert adapter(root) == adapter(Path(whole.storage.path()))
+    curves = [yaml.safe_load(next(r.glob("train/*/exmate/curves.json")).read_text()) for r in (root, Path(whole.storage.path()))]
+    assert [p["loss"] for p in curves[0]] == [p["loss"] for p in curves[1]]  # each step once, on the same examples
 
 
 def test_stages_after_scoring_are_byte_identical(whole, tiny, tmp_path):

@@ -48,6 +48,7 @@ def trainer(stage, lora):
 
 def step(made, learner, chosen, rank, num_ranks, most):
     from ctrlray.train.batches import shard, tree_rows
+    from ctrlray.train.worker import sum_over_ranks
 
     every = examples()
     rows = tree_rows([(i, every[i]) for i in chosen], wrong=True, share=True)
@@ -57,8 +58,8 @@ def step(made, learner, chosen, rank, num_ranks, most):
         "num_wrong": float(sum(not b.right for b in branches)),
     }
     mine = shard(rows, num_ranks, most)[rank]
-    made.step([learner.collated(m, 0) for m in mine], 1.0, ranks=num_ranks, **totals)
-    return len(mine)
+    parts = made.step([learner.collated(m, 0) for m in mine], 1.0, ranks=num_ranks, **totals)
+    return len(mine), sum_over_ranks(parts, num_ranks)["nll"]
 
 
 def train(rank, num_ranks, folder, stages, lora, most):
@@ -68,7 +69,7 @@ def train(rank, num_ranks, folder, stages, lora, most):
     for stage in stages:
         made, learner = trainer(stage, lora)
         for i, chosen in enumerate(STEPS):
-            passes = step(made, learner, chosen, rank, num_ranks, most)
+            passes, _ = step(made, learner, chosen, rank, num_ranks, most)
             assert passes >= num_ranks
             if i in (1, 3):
                 state = made.snapshot()
@@ -154,3 +155,35 @@ def test_snapshots_of_another_network_are_refused():
     made.engine = type("Engine", (), {"module": torch.nn.Linear(2, 2)})()
     with pytest.raises(DataError, match="another network"):
         made.restore({"weight.value": torch.zeros(2, 2)}, 1)
+
+
+def smollm(rank, num_ranks, folder, base):
+    """Four steps of the real model under every ZeRO stage."""
+    import json
+
+    from ctrlray.train.engine import Trainer
+    from ctrlray.train.models import load_learner, parameter_groups
+
+    curves = {}
+    for stage in (0, 1, 2, 3):
+        torch.manual_seed(0)
+        settings = config.Train(zero_stage=stage, learning_rate=1e-3)
+        learner = load_learner(base.folder, config.ExMATE(weight=0.8), settings, base.control_ids, "float32", "cpu")
+        made = Trainer(learner, parameter_groups(learner, settings), settings, gpu=False)
+        curves[stage] = [step(made, learner, STEPS[i % 2], rank, num_ranks, 64)[1] for i in range(4)]
+    if rank == 0:
+        (folder / "curves.json").write_text(json.dumps(curves))
+
+
+def test_every_zero_stage_trains_the_embedded_model_alike(tmp_path):
+    import json
+
+    from ctrlray import models
+    from ctrlray.control import ControlSpace
+
+    base = models.prepare(config.Model(), ControlSpace((config.Attribute(name="brevity", levels=2),)))
+    ranks.run(2, smollm, tmp_path, base)
+    curves = json.loads((tmp_path / "curves.json").read_text())
+    assert curves["0"][2] < curves["0"][0] - 0.1  # it learns
+    for stage in ("1", "2", "3"):
+        assert curves[stage] == pytest.approx(curves["0"], rel=1e-3), stage

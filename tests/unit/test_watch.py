@@ -9,7 +9,7 @@ import pytest
 from ctrlray.errors import ClusterError
 from ctrlray.patience import Patience
 from ctrlray.tables import Storage
-from ctrlray.train import run as train
+from ctrlray.train import launch as train
 
 
 class Watcher:
@@ -39,7 +39,7 @@ def watch(tmp_path, monkeypatch):
                 place.write_json({"step": at, "steps": 9, "recent": points}, "progress.json")
                 time.sleep(pause_s if (at, recent) != moments[-1] else 0)
 
-        train._watched("clm", fit, place, watcher, Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
+        train.watched("clm", fit, place, watcher, Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
         return watcher
 
     return run
@@ -58,7 +58,7 @@ def test_workers_that_go_back_to_a_snapshot_take_the_count_back(watch):
 
 def test_training_that_ended_is_no_stall_for_being_looked_at_late(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_POLL_S", 5.0)
-    train._watched("clm", lambda: time.sleep(0.2), Storage(str(tmp_path)), Watcher(), Patience("train", 0.05, lambda: "it"))
+    train.watched("clm", lambda: time.sleep(0.2), Storage(str(tmp_path)), Watcher(), Patience("train", 0.05, lambda: "it"))
 
 
 def test_the_clock_starts_anew_with_each_step(watch):
