@@ -65,6 +65,18 @@ def test_a_setting_that_cannot_be_set_is_named(assignment, message):
 
 
 @pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("evaluate.methods.0.x=1", r"--set evaluate\.methods\.0\.x: evaluate\.methods\.0 is not a mapping; set it as a whole"),
+        ("evaluate.methods.0.x.y=1", r"--set evaluate\.methods\.0\.x\.y: 'x' lies under a value that is not a mapping"),
+    ],
+)
+def test_nothing_is_set_below_a_plain_value_in_a_list(assignment, message):
+    with pytest.raises(ConfigError, match=message):
+        config.load_job("smoke", ["evaluate.methods=[start]", assignment])
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"control": {"attributes": [{"name": "brevity", "levels": 1}]}}, "levels"),

@@ -56,9 +56,9 @@ def test_workers_that_go_back_to_a_snapshot_take_the_count_back(watch):
     assert seen.done == 4 and [s for _, s, _ in seen.steps] == [5, 4]
 
 
-def test_training_that_ended_in_time_is_no_stall_for_being_looked_at_late(watch, monkeypatch):
+def test_training_that_ended_is_no_stall_for_being_looked_at_late(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_POLL_S", 5.0)
-    assert watch((1, []), (9, [9]), timeout_s=0.05, pause_s=0.2).steps == [("clm", 9, 9.0)]
+    train._watched("clm", lambda: time.sleep(0.2), Storage(str(tmp_path)), Watcher(), Patience("train", 0.05, lambda: "it"))
 
 
 def test_the_clock_starts_anew_with_each_step(watch):
