@@ -281,6 +281,13 @@ class Endpoint(Frozen):
     requests_per_second: Annotated[float, Field(gt=0)] | None = None
     """Limit per actor; none when unset."""
 
+    @field_validator("url")
+    @classmethod
+    def _no_credentials(cls, value: str) -> str:
+        if re.match(r"\w+://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
+            raise ValueError("url holds credentials; put the token in an environment variable and name that in token_env")
+        return value
+
 
 class HTTPReward(Endpoint):
     """A server of your own that scores batches of answers.
@@ -610,7 +617,7 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
 def read_job(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """A job file's settings with `overrides` (`a.b=c`) in them, not yet checked."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the job file {path}: {error}") from error
     if not isinstance(raw, dict):
@@ -618,6 +625,19 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     for assignment in overrides:
         assign(raw, assignment)
     return raw
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: by itself the last one would win in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Refuse what is there twice."""
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; keep one", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def setting_names(kind: type[Frozen] = Job, path: str = "") -> list[str]:

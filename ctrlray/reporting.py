@@ -28,6 +28,14 @@ def write_report(run: Run) -> str:
     return f"{run.storage.uri}/report.html"
 
 
+_PASSES = {
+    "segments": "one pass held a prompt once and all of its answers",
+    "flex": "one pass held a prompt once and all of its answers (FlexAttention)",
+    "separate": "each answer was a sequence of its own, because this network's attention takes no tree rows",
+}
+"""What the paths of `ctrlray.train.attention` mean."""
+
+
 def gather(run: Run) -> Any:
     """Everything the report shows."""
     from ctrlray.pipeline import STAGES, machine, versions
@@ -54,6 +62,7 @@ def gather(run: Run) -> Any:
         cells_after=facts["cells_after"],
         strategy=job.distill.strategy,
         curves=curves,
+        passes={m: _PASSES[results["train"]["facts"][m]["path"]] for m in curves},
         code_gaps=code_gaps(run),
         metrics=metrics,
         pool_slopes=facts["pool_slopes"],

@@ -123,7 +123,7 @@ class EnginePool:
         self._engines[index] = self._start(index)
         self._await_start([self._engines[index]])
         if self._folder is not None:
-            ray.get(self._engines[index].load_weights.remote(self._folder, self.weights_version))
+            self._loaded([self._engines[index].load_weights.remote(self._folder, self.weights_version)])
 
     def _await_start(self, engines: Sequence[Any]) -> None:
         waiting = [e.ready.remote() for e in engines]
@@ -142,12 +142,24 @@ class EnginePool:
     def load_weights(self, folder: str) -> int:
         """Swap the weights of every engine; stops the run when engines disagree. Returns the new version."""
         version = self.weights_version + 1
-        states = ray.get([e.load_weights.remote(folder, version) for e in self._engines])
+        states = self._loaded([e.load_weights.remote(folder, version) for e in self._engines])
         for i, state in enumerate(states):
             if state != states[0] or state[0] != version:
                 raise ClusterError(f"engine {i} holds other weights than engine 0 after the update: {state} against {states[0]}")
         self.weights_version, self._folder = version, folder
         return version
+
+    def _loaded(self, answers: Sequence[Any]) -> list[Any]:
+        """What engines say after loading weights; ClusterError when one ends instead, or says nothing in time."""
+        try:
+            return list(ray.get(list(answers), timeout=self._timeout_s))
+        except ray.exceptions.GetTimeoutError as error:
+            raise ClusterError(
+                f"{self._name}: an engine did not load the weights within {self._timeout_s:g} s; raise cluster.stall_timeout_s "
+                "where the storage is only slow, and run the same command again"
+            ) from error
+        except ray.exceptions.RayActorError as error:
+            raise ClusterError(f"{self._name}: an engine ended while it loaded the weights: {last_line(error)}") from error
 
     def close(self) -> None:
         """Stop the engines' processes."""

@@ -49,8 +49,10 @@ class FunctionScorer:
             target: Any = importlib.import_module(module)
             for part in name.split("."):
                 target = getattr(target, part)
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"rewards.function.target={reward.target!r}: {error}. Is its folder on PYTHONPATH?") from error
+        except Exception as error:  # a user's module may raise anything while it is imported
+            hint = " Is its folder on PYTHONPATH?" if isinstance(error, ImportError) else ""
+            what = f"{type(error).__name__}: {error}"
+            raise ConfigError(f"rewards.function.target={reward.target!r} cannot be imported: {what}.{hint}") from error
         self.attributes = reward.attributes
         self._target = target
         self._name = reward.target

@@ -116,7 +116,7 @@ def expand(path: str) -> Path:
         raise ConfigError(f"{path}: the environment variable CTRLRAY_DATA is not set; point it at the folder that holds the data")
     full = Path(os.path.expandvars(path)).expanduser()
     if not full.is_file():
-        raise ConfigError(f"{full}: no such file")
+        raise ConfigError(f"prompts.sources: path={path!r}: no such file {full}; correct the path, or put the file there")
     return full
 
 

@@ -50,6 +50,8 @@ class ReportData:
     cells_after: Mapping[str, int] = field(default_factory=dict)
     strategy: str = ""
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    passes: Mapping[str, str] = field(default_factory=dict)
+    """In words, how each method's training shared prompts."""
     """Per method: points with step and any of the keys of `report_figures.CURVES`."""
     code_gaps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per method: value, low, high, num_examples; NLL under wrong codes minus under the right one, nats per token."""

@@ -27,6 +27,7 @@ from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
 TRUNCATED = "truncated"
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 Conversations = Mapping[str, Sequence[Message]]
 
 
@@ -107,6 +108,10 @@ class WriteScores:
                     f"score_{name}": sum(weight * row[f"raw_{source}"] for source, weight in sources.items())
                     for name, sources in self._attributes
                 }
+                if odd := [name for name, value in scores.items() if not abs(value) <= _FLOAT32_MAX]:
+                    detail = f"{odd[0]}={scores[odd[0]]} is no float32; lower the weights in control.attributes.score"
+                    bad.append({"stage": "score", "row_id": row["response_id"], "error": "not_finite", "detail": detail})
+                    continue
                 good.append({"response_id": row["response_id"], **scores})
         part = f"part-{schema.digest(batch['response_id'].to_pylist())}"
         if good:

@@ -202,3 +202,18 @@ def test_a_wrong_value_is_shown_but_not_at_any_length():
     with pytest.raises(ConfigError, match=r'samples: .* \(got "x{50,119}\)') as caught:
         job(generate={"samples": "x" * 10_000})
     assert len(str(caught.value)) < 400
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path):
+    path = tmp_path / "job.yaml"
+    path.write_text("name: t\ncontrol: {attributes: [{name: a}]}\ntrain:\n  epochs: 1\n  epochs: 2\n")
+    with pytest.raises(ConfigError, match="'epochs' is given twice"):
+        config.load_job(path)
+
+
+@pytest.mark.parametrize("kind", ["http", "judge"])
+def test_a_reward_s_address_holds_no_credentials(kind):
+    raw = {"type": kind, "url": "https://me:secret@host/v1", "attributes": ["a"]}
+    job = {"name": "t", "control": {"attributes": [{"name": "a"}]}, "rewards": [raw]}
+    with pytest.raises(ConfigError, match="token_env"):
+        config.parse(config.Job, job, where="t")

@@ -222,3 +222,23 @@ def test_answers_for_rewards_are_finished_ones_with_their_prompts(tmp_path, monk
     run.out("generate").write_table(from_rows(rows, schema.RESPONSES), "responses")
     monkeypatch.setattr(pipeline, "run", lambda job, stages, progress: run)
     assert pipeline.finished_answers(made) == [(chats["train"], "Well."), (chats["train"], "yes")]
+
+
+def test_how_a_reward_is_asked_changes_no_score():
+    asked = {"type": "http", "url": "http://s/v1", "attributes": ["brevity"]}
+    before = job(rewards=[asked])
+    assert redone(before, job(rewards=[asked | {"timeout_s": 5, "retries": 1, "concurrency": 2, "batch_size": 3}])) == ["report"]
+    assert redone(before, job(rewards=[asked | {"url": "http://t/v1"}])) == FROM["score"]
+
+
+def test_a_prompt_file_that_is_gone_counts_as_the_run_noted_it(tmp_path):
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "hi"}\n')
+    current = Run(job(run_root=str(tmp_path / "run"), prompts={"sources": [{"type": "file", "path": str(file)}]}))
+    before = current.keys
+    pipeline._write_manifest(current)
+    file.unlink()
+    assert Run(current.job).keys == before
+    other = job(run_root=str(tmp_path / "other"), prompts={"sources": [{"type": "file", "path": str(file)}]})
+    with pytest.raises(ConfigError, match=r"prompts\.sources: path=.*no such file"):
+        Run(other).keys  # noqa: B018

@@ -154,3 +154,21 @@ def test_engines_that_do_not_start_leave_none_behind(cluster, monkeypatch):
     with pytest.raises(ClusterError, match="p: an engine did not start: ValueError: no room for the KV cache"):
         pool().__enter__()
     assert [a.killed for a in cluster.actors] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ray.exceptions.GetTimeoutError("late"), "did not load the weights within"),
+        (ray.exceptions.RayActorError("00", "it died\nits node is gone"), "ended while it loaded the weights: its node is gone"),
+    ],
+)
+def test_weights_that_do_not_arrive_stop_the_run(cluster, monkeypatch, error, message):
+    def get(answers, timeout=None):
+        assert timeout is not None, "nobody waits for ever"
+        raise error
+
+    with pools.EnginePool(SPEC, config.Pool(), "p") as pool:
+        monkeypatch.setattr(pools.ray, "get", get)
+        with pytest.raises(ClusterError, match=message):
+            pool.load_weights("folder")

@@ -156,6 +156,7 @@ def report_data(num_attributes=2, **changes):
         cells_after=cells(3, num_attributes, 0),
         strategy="moec",
         curves={"exmate": curve(0.9), "clm": curve(0.5)},
+        passes={"exmate": "one pass held a prompt once", "clm": "each answer was a sequence of its own"},
         code_gaps={"exmate": {**ci(0.083, 0.03), "num_examples": 38}, "clm": {**ci(0.01, 0.02), "num_examples": 38}},
         metrics=metrics,
         pool_slopes=[[1.0 if i == j else -0.41 for j in range(num_attributes)] for i in range(num_attributes)],
@@ -231,6 +232,7 @@ def test_untrusted_text_is_escaped_everywhere():
             reward_card={EVIL: EVIL},
             strategy=EVIL,
             curves={EVIL: curve(1)},
+            passes={EVIL: EVIL},
             metrics={EVIL: method_metrics(0.2, NAMES[:2], 3)},
             code_gaps={EVIL: {**ci(0.1, 0.2), "num_examples": 3}},
         )

@@ -135,3 +135,18 @@ def test_each_reward_keeps_notes_of_its_own(tmp_path):
     with pytest.raises(SystemExit):
         first.run(["a"], lambda group: (_ for _ in ()).throw(SystemExit))
     assert len(first.in_flight()) == 1 and second.in_flight() == []
+
+
+def test_weights_that_leave_float32_quarantine_the_row(tmp_path):
+    rows = answers(text=["a", "b"], raw_x=pa.array([1.0, 1e20], pa.float32()), error=["", ""])
+    score.WriteScores([("brevity", {"x": 1e25})], Storage(str(tmp_path)))(rows)
+    kept = Storage(str(tmp_path)).read_table("scores", schema.scores(["brevity"]))["response_id"].to_pylist()
+    (bad,) = Storage(str(tmp_path)).read_table("quarantine", schema.QUARANTINE).to_pylist()
+    assert kept == ["r0"] and (bad["row_id"], bad["error"]) == ("r1", "not_finite") and "lower the weights" in bad["detail"]
+
+
+def test_a_module_that_raises_while_it_is_imported_is_the_setting_s_fault(in_actor, tmp_path, monkeypatch):
+    (tmp_path / "broken_rewards.py").write_text("raise RuntimeError('no licence')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=r"broken_rewards:f.*no licence"):
+        in_actor("broken_rewards:f")(answers(text=["a"]))
