@@ -62,7 +62,7 @@ def gather(run: Run) -> Any:
         cells_after=facts["cells_after"],
         strategy=job.distill.strategy,
         curves=curves,
-        passes={m: _PASSES[results["train"]["facts"][m]["path"]] for m in curves},
+        passes={m: _PASSES[path] for m in curves if (path := results["train"]["facts"][m].get("path"))},
         code_gaps=code_gaps(run),
         metrics=metrics,
         pool_slopes=facts["pool_slopes"],

@@ -57,7 +57,7 @@ def run(
         facts[objective.type] = {
             "steps": len(curves),
             "seconds": round(sum(p["seconds"] for p in curves), 1),
-            "path": place.read_json("done.json")["path"],
+            "path": place.read_json("done.json").get("path"),
         }
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
 

@@ -1,0 +1,63 @@
+"""What one training may resume: the name under which Ray Train keeps snapshots holds all that the loop reads."""
+
+from __future__ import annotations
+
+import pytest
+
+from ctrlray import config, models, schema
+from ctrlray.ledger import Silent
+from ctrlray.pipeline import Run
+from ctrlray.tables import Storage, from_rows
+from ctrlray.train import run as train
+
+RAW = {
+    "name": "t",
+    "control": {"attributes": [{"name": "brevity", "levels": 2}]},
+    "rewards": [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity"]}],
+}
+
+
+@pytest.fixture
+def name_of(tmp_path, tiny, monkeypatch):
+    """The name of the training that a job starts."""
+
+    def find(**settings):
+        names = []
+
+        def launch(loop, given, settings, name, out, *, what):
+            names.append(name)
+            place = given["task"].out
+            place.write_json([{"step": 1, "tokens": 1, "seconds": 1.0}], "curves.json")
+            place.write_json({"path": "segments"}, "done.json")
+
+        monkeypatch.setattr(train, "launch", launch)
+        job = config.parse(config.Job, RAW | {"model": {"name": str(tiny)}, "train": settings}, where="t")
+        example = {
+            "example_id": "e",
+            "prompt_id": "p",
+            "messages": [{"role": "user", "content": "q"}],
+            "text": "a",
+            "token_ids": [1],
+            "level_brevity": 1,
+            "counterfactuals": [],
+            "weight": 1.0,
+            "split": "train",
+        }
+        table = from_rows([{k: example.get(k) for k in schema.examples(["brevity"]).names}], schema.examples(["brevity"]))
+        out = Storage(str(tmp_path / str(len(list(tmp_path.iterdir())))))
+        base = models.PreparedBase.__new__(models.PreparedBase)
+        train.run(table, out, job, base, out, Run(job).keys["train"], Silent())
+        return names[0]
+
+    return find
+
+
+def test_a_changed_objective_never_resumes_an_old_snapshot(name_of):
+    weights = [name_of(objectives=[{"type": "exmate", "weight": w}]) for w in (1.0, 2.0)]
+    clm = name_of(objectives=[{"type": "clm"}])
+    other_rate = name_of(objectives=[{"type": "clm"}], learning_rate=1e-3)
+    assert len({*weights, clm, other_rate}) == 4
+
+
+def test_more_failures_allowed_or_less_memory_resume_it(name_of):
+    assert name_of() == name_of(max_failures=3, cpus_per_worker=0.5, activation_checkpointing=True)
