@@ -239,7 +239,8 @@ def choose_path(network: Any, gpu: bool) -> TreePath:
     """Set the network's attention to the fastest that it takes, and say which that is.
 
     It takes one when a tree row gives the hidden states of its separate sequences, up to a fifth of what another prompt
-    does to them. Networks with attention of their own raise, or answer otherwise, and keep what they had.
+    does to them, and when it can be trained so (dropout of attention weights cannot). Networks with attention of their own
+    raise, or answer otherwise, and keep what they had.
     """
     from transformers import AttentionInterface
 
@@ -250,6 +251,7 @@ def choose_path(network: Any, gpu: bool) -> TreePath:
     try:
         tree, apart, moved = _probe(network, wanted)
         fits = bool((tree - apart).norm() <= _TOLERATED * (moved - apart).norm())
+        _probe(network.train(), wanted)  # raises where training differs from what was just compared
     except Exception:  # whatever a network says to a call that it was not made for, the answer is no
         fits = False
     network.train(was_training)

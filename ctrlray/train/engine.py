@@ -43,6 +43,16 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - rising + 1) / max(1, steps - rising + 1)))
 
 
+def _adamw(groups: list[dict[str, Any]], rate: float, *, on_host: bool) -> torch.optim.Optimizer:
+    """AdamW; `on_host` DeepSpeed's own, written for moments that lie in host memory."""
+    if not on_host:
+        return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.95))
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    made: torch.optim.Optimizer = DeepSpeedCPUAdam(groups, lr=rate, betas=(0.9, 0.95), adamw_mode=True)
+    return made
+
+
 PHASES = ("forward", "backward", "optimizer")
 _VALUE, _MOMENTS = "value", ("exp_avg", "exp_avg_sq")
 _FLAT_PARTS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition")
@@ -67,7 +77,8 @@ class Trainer:
     ) -> None:
         import deepspeed
 
-        self._adam = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95))
+        self._on_host = settings.offload != "none"
+        self._adam = _adamw(groups, settings.learning_rate, on_host=self._on_host)
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=network,
             optimizer=self._adam,
@@ -170,7 +181,7 @@ class Trainer:
         )
         for part in parts:
             moments = {kind: torch.zeros_like(part, memory_format=torch.preserve_format).detach() for kind in _MOMENTS}
-            self._adam.state[part] = {"step": torch.tensor(float(steps))} | moments
+            self._adam.state[part] = {"step": steps if self._on_host else torch.tensor(float(steps))} | moments
         self._link_moments()
 
     def _link_moments(self) -> None:

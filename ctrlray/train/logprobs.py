@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ctrlray.errors import ConfigError
 from ctrlray.placement import LOGITS_AT_ONCE
 
 
@@ -30,6 +31,19 @@ class Head(NamedTuple):
         scale = getattr(settings, "logit_scale", None) or 1.0
         scale /= getattr(settings, "logits_scaling", None) or 1.0
         return cls(network.get_output_embeddings(), scale, getattr(settings, "final_logit_softcapping", None))
+
+    @torch.no_grad()
+    def check(self, network: Any) -> None:
+        """Raise ConfigError unless these are the network's own logits: families are many, and a wrong one trains in silence."""
+        ids = torch.arange(1, 9, device=self.layer.weight.device)[None]
+        own = network(input_ids=ids, use_cache=False).logits.float()
+        hidden = network.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        mine = self.shaped(self.layer(hidden.to(self.layer.weight.dtype))).float()
+        if own.shape != mine.shape or not torch.allclose(own, mine, rtol=0.05, atol=0.05 * float(own.abs().max())):
+            raise ConfigError(
+                f"model: a {type(network).__name__} makes its logits in a way that training does not know; choose a model whose "
+                "logits are its output layer's, scaled or capped (Llama, Qwen, Gemma, Mistral, Granite, Cohere and alike)"
+            )
 
     def shaped(self, raw: Tensor) -> Tensor:
         """What the family does to raw logits."""

@@ -116,13 +116,17 @@ def load_learner(
     dtype: str,
     device: str,
 ) -> Learner:
-    """The prepared base with its trainable parameters in float32 and everything else frozen in `dtype`."""
+    """The prepared base with its trainable parameters in float32 and everything else frozen in `dtype`.
+
+    Raises ConfigError when the model's logits are not understood.
+    """
     from transformers import AutoModelForCausalLM
 
     compute = getattr(torch, dtype)
     lora = settings.lora
     network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if lora is None else compute)
     network.to(device)
+    Head.of(network).check(network.eval())
     path = choose_path(network, gpu=device == "cuda")
     if lora is not None:
         network.requires_grad_(False)

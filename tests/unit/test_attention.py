@@ -26,7 +26,7 @@ KINDS = {
     "qwen3": GROUPED,
     "gemma3_text": GROUPED | LAYERS,
     "mistral": GROUPED | {"sliding_window": 3},
-    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+    "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "attn_pdrop": 0.0},
 }
 
 
@@ -131,6 +131,15 @@ def test_networks_that_take_no_tree_fall_back(kind):
     learner = Learner(net, ExMATE(weight=0.7), torch.float32)
     assert learner.path == "separate" and not learner.shares and net.config._attn_implementation == before
     batch = learner.collated(tree_rows(EXAMPLES, wrong=True, share=False), 0)
+    assert learner(batch, num_tokens=8.0, num_wrong=3.0).total.isfinite()
+
+
+def test_dropout_of_attention_weights_is_left_to_the_network():
+    """It is on in training alone, so comparing values would not show it."""
+    net = network("llama", **GROUPED, attention_dropout=0.1)
+    learner = Learner(net, ExMATE(weight=0.7), torch.float32)
+    assert learner.path == "separate" and not net.training
+    batch = learner.train().collated(tree_rows(EXAMPLES, wrong=True, share=False), 0)
     assert learner(batch, num_tokens=8.0, num_wrong=3.0).total.isfinite()
 
 

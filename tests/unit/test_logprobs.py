@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ctrlray.config import ExMATE
+from ctrlray.errors import ConfigError
 from ctrlray.train import logprobs
 from ctrlray.train.batches import TrainExample, tree_rows
 from ctrlray.train.logprobs import Head, target_logp
@@ -46,6 +47,28 @@ def test_unlikely_targets_keep_their_log_prob():
     layer.weight.data = torch.eye(2) * 200
     layer.requires_grad_(False)
     assert target_logp(Head(layer, 1.0, None), torch.tensor([[1.0, 0.0]]), torch.tensor([1])).item() == pytest.approx(-200.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("llama", {}),
+        ("gemma2", {"final_logit_softcapping": 0.2, "sliding_window": 8}),
+        ("cohere", {"logit_scale": 0.3}),
+        ("granite", {"logits_scaling": 7.0}),
+    ],
+)
+def test_heads_of_families_are_known_and_others_refused(kind, settings):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+    torch.manual_seed(0)
+    wanted = AutoConfig.for_model(kind, vocab_size=32, num_key_value_heads=1, initializer_range=0.5, **sizes, **settings)
+    net = AutoModelForCausalLM.from_config(wanted).eval()
+    known = Head.of(net)
+    known.check(net)
+    with pytest.raises(ConfigError, match="makes its logits in a way"):
+        known._replace(scale=known.scale * 2, cap=known.cap and known.cap * 2).check(net)
 
 
 class Largest(TorchDispatchMode):
