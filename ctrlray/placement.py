@@ -234,9 +234,10 @@ def _smaller(job: config.Job) -> Iterator[Mapping[str, float]]:
             yield {name: now * share}
             if ones:
                 yield {name: now * share} | ones
-    for tokens in (train.micro_batch_tokens // 2, 64):
-        if tokens >= 64:
-            yield {"train.micro_batch_tokens": tokens}
+    tokens = train.micro_batch_tokens // 2
+    while tokens >= 64:
+        yield {"train.micro_batch_tokens": tokens}
+        tokens //= 2
 
 
 def _changed(job: config.Job, changes: Mapping[str, float]) -> config.Job | None:
