@@ -142,11 +142,15 @@ def load_learner(
 def add_lora(network: Any, lora: config.LoRA) -> None:
     """Put LoRA adapters in float32 beside every linear layer but the output layer; they train, nothing else changes."""
     from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.tuners_utils import BaseTunerLayer
 
     head = network.get_output_embeddings()
     names = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head})
     settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
     inject_adapter_in_model(settings, network)
+    for module in network.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.cast_input_dtype_enabled = False  # autocast casts the small matrices; PEFT would keep a copy of every input
     for name, parameter in network.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()
