@@ -137,3 +137,19 @@ def test_checkpointed_activations_give_the_same_gradients(base):
     assert plain.keys() == spared.keys() and all(torch.equal(plain[n], spared[n]) for n in plain)
     learner, _ = one_pass(base, activation_checkpointing=True)
     assert all(block.gradient_checkpointing for block in learner.network.model.layers)
+
+
+def test_adapters_keep_no_copy_of_their_inputs(base):
+    """Under bfloat16 the backward pass holds each block's activations once: q, k and v share one input, gate and up another."""
+    learner = load_learner(base.folder, config.CLM(), config.Train(), base.control_ids, "bfloat16", "cpu")
+    rows = tree_rows([(0, TrainExample(((1, 2, 3),), ((5, 6, 7),), 1.0, "p"))], wrong=False, share=True)
+    kept: list[torch.Tensor] = []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        learner(learner.collated(rows, 0), num_tokens=3.0)
+    inputs = {t.data_ptr() for t in kept if t.dtype == torch.bfloat16 and t.shape[-2:] == (32, 64)}
+    assert len(inputs) <= 2 * 7  # with copies for q, k, v, gate and up it would be 10 a block
