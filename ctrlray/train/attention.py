@@ -85,51 +85,58 @@ class _SegmentAttention(torch.autograd.Function):
     """softmax(scale Q K^T) V within each group, by batched products; backward computes the weights again.
 
     On a CPU SDPA's flash kernel takes three times as long for the short segments of chats, its backward pass most of all.
+    Products are taken in float32: in bfloat16 a CPU makes and keeps a kernel for every shape, and here shapes never end.
     Shapes: query [S, H, D], key and value [S, G, D]; H is a multiple of G (grouped queries share a key).
     """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, tree: Segments, scale: float, window: int) -> Tensor:
-        out = torch.empty_like(query)
-        for group in tree.groups(window):
-            q, k, v = _gathered(group, query, key, value)
-            made = torch.matmul(_weights(group, q, k, scale), v)
-            _put(group, out, made)
+        out = torch.empty(query.shape, dtype=_wide(query.dtype), device=query.device)
+        with torch.autocast(query.device.type, enabled=False):
+            for group in tree.groups(window):
+                q, k, v = _gathered(group, query, key, value)
+                _put(group, out, torch.matmul(_weights(group, q, k, scale), v))
         ctx.save_for_backward(query, key, value)
         ctx.rest = (tree, scale, window)
-        return out
+        return out.to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         tree, scale, window = ctx.rest
-        d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+        wide = _wide(query.dtype)
+        d_query, d_key, d_value = (torch.zeros(t.shape, dtype=wide, device=t.device) for t in (query, key, value))
         for group in tree.groups(window):
             q, k, v = _gathered(group, query, key, value)
             weights = _weights(group, q, k, scale)
             absent = torch.ones(group.take_BL.numel(), dtype=torch.bool, device=query.device)
             absent[group.kept] = False
-            d_out = _folded(grads[0][group.take_BL.flatten()].masked_fill(absent[:, None, None], 0), group, key.shape[1])
+            pulled = grads[0][group.take_BL.flatten()].to(wide).masked_fill_(absent[:, None, None], 0)
+            d_out = _folded(pulled, group, key.shape[1])
             d_weights = torch.matmul(d_out, v.transpose(-1, -2))
-            inner = (d_weights.float() * weights).sum(-1, keepdim=True)
-            d_scores = ((d_weights - inner) * (weights * scale)).to(q.dtype)
+            inner = (d_weights * weights).sum(-1, keepdim=True)
+            d_scores = d_weights.sub_(inner).mul_(weights).mul_(scale)
             _put(group, d_query, torch.matmul(d_scores, k))
             _add(group, d_key, torch.matmul(d_scores.transpose(-1, -2), q))
             _add(group, d_value, torch.matmul(weights.transpose(-1, -2), d_out))
-        return d_query, d_key, d_value, None, None, None
+        return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype), None, None, None
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _gathered(group: Group, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries [B, G, r L, D], where r = H / G heads share a key; keys and values [B, G, P + L, D]."""
-    take = group.take_BL.flatten()
+    """Queries [B, G, r L, D], where r = H / G heads share a key; keys and values [B, G, P + L, D]; float32 at least."""
+    take, wide = group.take_BL.flatten(), _wide(query.dtype)
     size, length = group.take_BL.shape
 
     def with_prefix(what: Tensor) -> Tensor:
         own = what[take].view(size, length, *what.shape[1:])
         prefix = what[group.first : group.last].expand(size, -1, -1, -1)
-        return torch.cat([prefix, own], 1).transpose(1, 2)
+        return torch.cat([prefix, own], 1).to(wide).transpose(1, 2)
 
-    return _folded(query[take], group, key.shape[1]), with_prefix(key), with_prefix(value)
+    return _folded(query[take].to(wide), group, key.shape[1]), with_prefix(key), with_prefix(value)
 
 
 def _folded(rows: Tensor, group: Group, keys: int) -> Tensor:
@@ -153,18 +160,18 @@ def _add(group: Group, target: Tensor, made: Tensor) -> None:
     prefix = group.last - group.first
     rows = made.transpose(1, 2)
     if prefix:
-        target[group.first : group.last] += rows[:, :prefix].float().sum(0).to(target.dtype)
+        target[group.first : group.last] += rows[:, :prefix].sum(0)
     own = rows[:, prefix:].flatten(0, 1)[group.kept]
     target[group.take_BL.flatten()[group.kept]] += own
 
 
 def _weights(group: Group, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """Attention weights [B, G, r L, P + L] in the dtype of q; the softmax is taken in float32."""
+    """Attention weights [B, G, r L, P + L]."""
     size, keys, _, _ = q.shape
     length, seen = group.hidden_BLM.shape[1:]
     scores = torch.matmul(q * scale, k.transpose(-1, -2)).view(size, keys, -1, length, seen)
     scores.masked_fill_(group.hidden_BLM[:, None, None], float("-inf"))
-    return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype).view(size, keys, -1, seen)
+    return torch.softmax(scores, -1).view(size, keys, -1, seen)
 
 
 def segment_attention(

@@ -16,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from ctrlray.errors import ConfigError
 from ctrlray.placement import LOGITS_AT_ONCE
 
+_ROWS = 16
+
 
 class Head(NamedTuple):
     """An output layer as transformers' causal models compute it: `cap * tanh(scale * (W h + b) / cap)`."""
@@ -77,13 +79,13 @@ class _FrozenHead(torch.autograd.Function):
     def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:
         wanted = hidden_ND.requires_grad
         weight, bias = head.layer.weight, head.layer.bias
-        rows = max(16, LOGITS_AT_ONCE // len(weight))
+        rows = max(_ROWS, LOGITS_AT_ONCE // len(weight) // _ROWS * _ROWS)
         logp_N = torch.empty(len(target_N), dtype=torch.float32, device=hidden_ND.device)
         jacobian_ND = torch.empty_like(hidden_ND) if wanted else None
         for start in range(0, len(target_N), rows):
             piece = slice(start, start + rows)
             target = target_N[piece, None]
-            logits = head.shaped(nn.functional.linear(hidden_ND[piece], weight, bias))
+            logits = head.shaped(nn.functional.linear(_filled(hidden_ND[piece]), weight, bias))[: len(target)]
             chances = torch.softmax(logits, -1, dtype=torch.float32)
             top, likeliest = chances.max(-1, keepdim=True)  # at least 1 / V, so its log is exact where a rare target's is not
             total = logits.gather(1, likeliest).float() - top.log()
@@ -93,7 +95,7 @@ class _FrozenHead(torch.autograd.Function):
                 towards = weight[target[:, 0]]
                 if slope is not None:
                     chances, towards = chances * slope, towards * slope.gather(1, target).to(weight.dtype)
-                torch.sub(towards, chances.to(weight.dtype) @ weight, out=jacobian_ND[piece])
+                torch.sub(towards, (_filled(chances.to(weight.dtype)) @ weight)[: len(target)], out=jacobian_ND[piece])
         if jacobian_ND is not None:
             ctx.save_for_backward(jacobian_ND)
         ctx.scale = head.scale
@@ -103,6 +105,12 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (jacobian_ND,) = ctx.saved_tensors
         return jacobian_ND * (grads[0] * ctx.scale).to(jacobian_ND.dtype)[:, None], None, None
+
+
+def _filled(rows: Tensor) -> Tensor:
+    """Zero rows up to a multiple, so that products come in few shapes: a CPU keeps a kernel for each."""
+    missing = -len(rows) % _ROWS
+    return nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
 @contextlib.contextmanager
