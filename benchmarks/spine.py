@@ -9,6 +9,7 @@ While it runs, the resident memory of its engine and its training worker is read
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import subprocess
 import sys
@@ -19,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks.common import figure, store
+from benchmarks.common import RESULTS, figure, store
 from ctrlray import config, models, placement
-from ctrlray.pipeline import STAGES, Run
+from ctrlray.pipeline import STAGES, Run, commit
 from ctrlray.reporting import code_gaps
 
 ROOT = Path(__file__).parent.parent
@@ -111,10 +112,8 @@ def help_figure(repeats: int = 7) -> dict[str, Any]:
     return figure("ctrlray --help, seconds", "< 0.5", round(middle, 3), middle < 0.5, bounds)
 
 
-def tests_figure(skip: bool) -> dict[str, Any]:
+def tests_figure() -> dict[str, Any]:
     """Minutes of plain `pytest`, which must pass."""
-    if skip:
-        return figure("pytest, minutes", "< 5", None, False)
     began = time.perf_counter()
     subprocess.run([sys.executable, "-m", "pytest", "-q"], check=True, cwd=ROOT)
     minutes = (time.perf_counter() - began) / 60
@@ -122,18 +121,28 @@ def tests_figure(skip: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run, measure, store."""
+    """Run, measure, store. Each figure keeps the commit that it was measured at."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--skip-tests", action="store_true", help="leave the tests' minutes unmeasured, which counts as not met")
+    parser.add_argument("--only", choices=["brevity", "help", "tests"], help="measure one part, keep the others' figures")
     options = parser.parse_args()
-    run, peaks = brevity(options.root.resolve())
-    figures = [*control_figures(run), *memory_figures(run, peaks), help_figure(), tests_figure(options.skip_tests)]
-    slopes = {
-        "pool": (run.result("distill") or {})["facts"]["pool_slopes"],
-        "exmate": run.out("evaluate").read_json("metrics.json")["exmate"]["slopes"],
-    }
-    print(store("B", figures, slopes=slopes))
+    path = RESULTS / "B.json"
+    kept = json.loads(path.read_text()) if options.only and path.is_file() else {"figures": [], "slopes": {}}
+    figures, slopes = {f["name"].split(";")[0]: f for f in kept["figures"]}, kept["slopes"]
+    made: list[dict[str, Any]] = []
+    if options.only in (None, "brevity"):
+        run, peaks = brevity(options.root.resolve())
+        made += [*control_figures(run), *memory_figures(run, peaks)]
+        slopes = {
+            "pool": (run.result("distill") or {})["facts"]["pool_slopes"],
+            "exmate": run.out("evaluate").read_json("metrics.json")["exmate"]["slopes"],
+        }
+    if options.only in (None, "help"):
+        made.append(help_figure())
+    if options.only in (None, "tests"):
+        made.append(tests_figure())
+    figures |= {f["name"].split(";")[0]: f | {"commit": commit()} for f in made}
+    print(store("B", list(figures.values()), slopes=slopes))
 
 
 if __name__ == "__main__":
