@@ -168,6 +168,7 @@ def fit(
     """Train every weight with AdamW; each step is one micro batch. Returns the loss of each step."""
     from ctrlray.train.engine import learning_rate_factor
 
+    own = network.config._attn_implementation
     learner = Learner(network.train(), objective, torch.float32)
     optimizer = torch.optim.AdamW(learner.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     groups = [e.group for e in examples]
@@ -186,6 +187,7 @@ def fit(
         optimizer.step()
         schedule.step()
         losses.append(loss.total.item())
+    network.set_attn_implementation(own)  # sampling reads padded rows, not trees
     return losses
 
 

@@ -123,6 +123,15 @@ def test_killed_at_three_random_moments(whole, tiny, tmp_path, seed):
 ACTORS = {"generate": "GenerateBatch", "score": "ScoreBatch", "train": "RayTrainWorker", "evaluate": "EngineHost"}
 
 
+def words(process: psutil.Process) -> str:
+    """A Ray process's command line; nothing of one that ended meanwhile."""
+    try:
+        line = " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+    return line if line.startswith("ray::") else ""
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("stage", ACTORS)
 def test_a_killed_actor_is_replaced_and_the_run_finishes_by_itself(whole, tiny, tmp_path, stage):
@@ -131,15 +140,17 @@ def test_a_killed_actor_is_replaced_and_the_run_finishes_by_itself(whole, tiny, 
         shutil.copytree(Path(whole.storage.path()) / done, root / done)
     job = write_job(tmp_path, tiny, root, SMALL_BLOCKS | {"evaluate.batch_size": 8})
     process = start(job)
-    found: list[psutil.Process] = []
-    while not found:
-        assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
-        time.sleep(0.02)
-        started = psutil.Process(process.pid).children(recursive=True)
-        found = [p for p in started if p.is_running() and "ray::" in p.name() and ACTORS[stage] in " ".join(p.cmdline())]
-    time.sleep(random.Random(stage).uniform(0, 8))
-    found[0].kill()
-    assert process.wait(timeout=600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    try:
+        found: list[psutil.Process] = []
+        while not found:
+            assert process.poll() is None, (tmp_path / "log.txt").read_text()[-3000:]
+            time.sleep(0.02)
+            found = [p for p in psutil.Process(process.pid).children(recursive=True) if ACTORS[stage] in words(p)]
+        time.sleep(random.Random(stage).uniform(0, 8))
+        found[0].kill()
+        assert process.wait(timeout=600) == 0, (tmp_path / "log.txt").read_text()[-3000:]
+    finally:
+        process.kill()
     assert ids(pipeline.Run(config.load_job(job))) == ids(whole)
     if stage == "train":  # back to the last snapshot, and from there the same steps
         assert adapter(root) == adapter(Path(whole.storage.path()))
