@@ -189,10 +189,10 @@ def segment_attention(
 ) -> tuple[Tensor, None]:
     """An attention function for transformers: query [1, H, S, D], key and value [1, G, S, D] -> [1, S, H, D].
 
-    Raises NotImplementedError for what it cannot do, or when the network keeps `tree` from its attention.
+    Raises ValueError for what it cannot do, or when the network keeps `tree` from its attention.
     """
     if tree is None or softcap is not None or dropout:
-        raise NotImplementedError("this network's attention takes no tree rows")
+        raise ValueError("this network's attention takes no tree rows")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     out: Tensor = _SegmentAttention.apply(q, k, v, tree, scale, sliding_window or 0)  # type: ignore[no-untyped-call]
