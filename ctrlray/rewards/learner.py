@@ -5,17 +5,13 @@ Shape key: N sequences of padded length S, P preference pairs, A attributes.
 
 from __future__ import annotations
 
-import json
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.compute as pc
 import torch
-from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 from ctrlray import schema
@@ -26,9 +22,6 @@ from ctrlray.rewards.encode import pad
 from ctrlray.rewards.job import FineTune
 from ctrlray.tables import Storage
 from ctrlray.train.batches import planned_steps, shard
-
-_RECENT_STEPS = 100
-SNAPSHOT = "snapshot.safetensors"
 
 
 @dataclass(frozen=True)
@@ -197,6 +190,7 @@ class _Loop:
         import ray.train
 
         from ctrlray.train.engine import Trainer
+        from ctrlray.train.trail import Trail
 
         self.task = task
         context = ray.train.get_context()
@@ -212,26 +206,21 @@ class _Loop:
         self.steps = planned_steps([str(u.row) for u in self.labels.train], s.batch_size, s.epochs, task.seed)
         held_out = sorted(self.labels.valid, key=lambda u: schema.digest(task.seed, u.row))
         self.held_out = held_out[: s.eval_rows]
-        self.curves: list[dict[str, float]] = []
+        self.trail = Trail(self.trainer, task.out, self.rank, len(self.steps))
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint of this very task."""
-        for step in range(self._resume(), len(self.steps)):
+        for step in range(self.trail.resume(), len(self.steps)):
             point = self._step(step)
             last = step == len(self.steps) - 1
             measured = last or (step + 1) % self.task.settings.eval_every == 0
             if measured:
                 point |= {f"valid_{name}": value for name, value in self._held_out().items()}
-            self.curves.append(point)
-            self._note()
+            self.trail.add(point)
+            if last and self.trail.write_learned(self.task.settings.lora, ()):
+                self.task.out.write_json({"steps": len(self.steps)}, "done.json")
             if measured:
-                self._report(point, last=last)
-
-    def _note(self) -> None:
-        """Say where training is, for the driver to show."""
-        if self.rank == 0:
-            recent = self.curves[-_RECENT_STEPS:]
-            self.task.out.write_json({"step": len(self.curves), "steps": len(self.steps), "recent": recent}, "progress.json")
+                self.trail.keep(point)
 
     def _step(self, step: int) -> dict[str, float]:
         from ctrlray.train.engine import learning_rate_factor
@@ -265,43 +254,3 @@ class _Loop:
             for name, value in label_loss(self.trainer.measure(batch), batch, **totals).parts.items():
                 parts[name] = parts.get(name, 0.0) + float(value)
         return sum_over_ranks(parts, self.ranks)
-
-    def _resume(self) -> int:
-        import ray.train
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
-        with checkpoint.as_directory() as folder:
-            note = json.loads((Path(folder) / "progress.json").read_text())
-            self.trainer.restore(load_file(Path(folder) / SNAPSHOT), int(note["step"]))
-        self.curves = note["curves"]
-        return int(note["step"])
-
-    def _report(self, point: dict[str, float], *, last: bool) -> None:
-        """Checkpoint through Ray Train; at the end also write what was learned and the curves."""
-        import ray.train
-
-        if last:
-            self._write_results()
-        state = self.trainer.snapshot()
-        if self.rank != 0:
-            ray.train.report(dict(point))
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            save_file(state, Path(scratch) / SNAPSHOT)
-            (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
-            ray.train.report(dict(point), checkpoint=ray.train.Checkpoint.from_directory(scratch))
-
-    def _write_results(self) -> None:
-        from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
-
-        with self.trainer.gathered() as network:
-            if self.rank != 0:
-                return
-            state, card = trained_state(network, self.task.settings.lora, ())
-        out = self.task.out
-        out.write_bytes(save(state), "adapter", ADAPTER)
-        out.write_json(card, "adapter", ADAPTER_CARD)
-        out.write_json(self.curves, "curves.json")
-        out.write_json({"steps": len(self.steps)}, "done.json")

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,10 +13,6 @@ from ctrlray import config, schema
 from ctrlray.control import ControlSpace
 from ctrlray.models import PreparedBase
 from ctrlray.tables import Storage, from_rows
-
-_RECENT_STEPS = 100
-SNAPSHOT = "snapshot.safetensors"
-"""Parameters and moments by name, as `Trainer.snapshot` gives them."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +73,7 @@ class _Loop:
 
         from ctrlray.train.engine import Trainer
         from ctrlray.train.models import load_learner, parameter_groups
+        from ctrlray.train.trail import Trail
 
         self.task = task
         context = ray.train.get_context()
@@ -97,8 +91,8 @@ class _Loop:
         masters = gpu and task.settings.lora is None and task.dtype == "bfloat16"
         groups = parameter_groups(learner, task.settings)
         self.trainer = Trainer(learner, groups, task.settings, gpu=gpu, bf16_masters=masters)
-        self.curves: list[dict[str, float]] = []
         self._load_examples()
+        self.trail = Trail(self.trainer, task.out, self.rank, len(self.steps))
 
     def _load_examples(self) -> None:
         from ctrlray.train.batches import load_example, planned_steps
@@ -115,28 +109,20 @@ class _Loop:
 
     def run(self) -> None:
         """Train from the start, or from the last checkpoint of this very task."""
-        start = self._resume()
-        for step in range(start, len(self.steps)):
+        for step in range(self.trail.resume(), len(self.steps)):
             point = self._step(step)
             last = step == len(self.steps) - 1
-            if (step + 1) % self.task.settings.eval_every == 0 or last:
-                gaps = self._code_gaps(None if last else self.task.settings.eval_examples)
-                if gaps:
-                    right = sum(g["nll_right"] for g in gaps) / len(gaps)
-                    wrong = sum(g["nll_wrong"] for g in gaps) / len(gaps)
-                    point |= {"valid_nll": right, "valid_gap": wrong - right}
-                self.curves.append(point)
-                self._note()
-                self._report(point, gaps if last else None)
-            else:
-                self.curves.append(point)
-                self._note()
-
-    def _note(self) -> None:
-        """Say where training is, for the driver to show; the driver looks once a second and sees every step."""
-        if self.rank == 0:
-            recent = self.curves[-_RECENT_STEPS:]
-            self.task.out.write_json({"step": len(self.curves), "steps": len(self.steps), "recent": recent}, "progress.json")
+            measured = last or (step + 1) % self.task.settings.eval_every == 0
+            gaps = self._code_gaps(None if last else self.task.settings.eval_examples) if measured else []
+            if gaps:
+                right = sum(g["nll_right"] for g in gaps) / len(gaps)
+                wrong = sum(g["nll_wrong"] for g in gaps) / len(gaps)
+                point |= {"valid_nll": right, "valid_gap": wrong - right}
+            self.trail.add(point)
+            if last:
+                self._write_results(gaps)
+            if measured:
+                self.trail.keep(point)
 
     def _step(self, step: int) -> dict[str, float]:
         from ctrlray.train.batches import shard, tree_rows
@@ -207,51 +193,14 @@ class _Loop:
             for i, (right, wrong) in sorted(by_example.items())
         ]
 
-    def _resume(self) -> int:
-        import ray.train
-        from safetensors.torch import load_file
-
-        checkpoint = ray.train.get_checkpoint()
-        if checkpoint is None:
-            return 0
-        with checkpoint.as_directory() as folder:
-            note = json.loads((Path(folder) / "progress.json").read_text())
-            self.trainer.restore(load_file(Path(folder) / SNAPSHOT), int(note["step"]))
-        self.curves = note["curves"]
-        return int(note["step"])
-
-    def _report(self, point: dict[str, float], gaps: list[dict[str, Any]] | None) -> None:
-        """Checkpoint through Ray Train; at the end also write the adapter, the gaps and the curves."""
-        import ray.train
-        from safetensors.torch import save_file
-
-        if gaps is not None:
-            self._write_results(gaps)
-        state = self.trainer.snapshot()
-        if self.rank != 0:
-            ray.train.report(dict(point))
-            return
-        with tempfile.TemporaryDirectory() as scratch:
-            save_file(state, Path(scratch) / SNAPSHOT)
-            (Path(scratch) / "progress.json").write_text(json.dumps({"step": point["step"], "curves": self.curves}))
-            ray.train.report(dict(point), checkpoint=ray.train.Checkpoint.from_directory(scratch))
-
     def _write_results(self, gaps: list[dict[str, Any]]) -> None:
-        from safetensors.torch import save
-
-        from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
-
-        with self.trainer.gathered() as learner:
-            if self.rank != 0:
-                return
-            state, card = trained_state(learner, self.task.settings.lora, self.task.base.control_ids)
+        """The adapter, the curves and the gaps; the note that training is done comes last."""
+        if not self.trail.write_learned(self.task.settings.lora, self.task.base.control_ids):
+            return
         out = self.task.out
-        out.write_bytes(save(state), "adapter", ADAPTER)
-        out.write_json(card, "adapter", ADAPTER_CARD)
         out.write_table(from_rows(gaps, schema.code_gaps()), "code_gaps")
-        out.write_json(self.curves, "curves.json")
         if out.is_local:
-            _write_tensorboard(self.curves, out.path("tensorboard"))
+            _write_tensorboard(self.trail.curves, out.path("tensorboard"))
         note = {"key": self.task.key, "steps": len(self.steps), "path": self.learner.path}
         out.write_json(note, "done.json")
 
