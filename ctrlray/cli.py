@@ -90,7 +90,8 @@ def _job_options(function: Any) -> Any:
 def entry() -> None:
     """The console script. Once Ray was used, the process ends here and now.
 
-    A thread that still waits on Ray, after Ctrl-C or a stalled stage, would hold the exit up or change its code.
+    A thread that still waits on Ray, after Ctrl-C or a stalled stage, would hold the exit up or change its code: Ray ends a
+    process with code 1 where such a thread finds the node gone. So only success, which leaves no such thread, shuts Ray down.
     """
     try:
         main(prog_name="ctrlray")
@@ -98,13 +99,26 @@ def entry() -> None:
         ray = sys.modules.get("ray")
         if ray is None or not ray.is_initialized():
             raise
-        from ctrlray.quiet import silenced_stderr
-
-        with silenced_stderr(), contextlib.suppress(Exception, KeyboardInterrupt):
-            ray.shutdown()
+        code = leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None))
+        if code == 0:
+            from ctrlray.quiet import silenced_stderr
+
+            with silenced_stderr(), contextlib.suppress(Exception, KeyboardInterrupt):
+                ray.shutdown()
+        else:
+            _kill_children()
+        os._exit(code)
+
+
+def _kill_children() -> None:
+    """Kill the Ray node that this process started, if it did: its agents would outlive it."""
+    import psutil
+
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import re
 import types
@@ -384,7 +385,98 @@ class ExMATE(Frozen):
     """exp of each sequence's mean log-prob, or of the micro batch's (the authors' code; depends on ranks and batches)."""
 
 
-Objective = Annotated[CLM | ExMATE, Field(discriminator="type")]
+class KL(Frozen):
+    """The leash that keeps a policy near the model it started from, given the same prompt and code."""
+
+    coefficient: Annotated[float, Field(ge=0)] = 0.05
+    """Weight in level units of reward per nat; 0 measures the KL without using it."""
+    estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Of the KL from samples: k1 = log ratio, k2 = its half square, k3 = unbiased and never negative."""
+    place: Literal["reward", "loss"] = "reward"
+    """Taken from every token's reward, as in PPO for language models, or added to the loss, as in GRPO."""
+    target: Annotated[float, Field(gt=0)] | None = None
+    """Nats per response that an adaptive coefficient steers to; fixed when unset."""
+    horizon: Annotated[int, Field(ge=1)] = 2000
+    """Responses over which an adaptive coefficient follows its error."""
+
+
+class Critic(Frozen):
+    """The value function of PPO with GAE."""
+
+    model: str | None = None
+    """A sequence-classification model to start from, such as the reward; unset: the policy's own network with another LoRA."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    warmup_steps: Annotated[int, Field(ge=0)] = 2
+    """First steps in which only the critic learns."""
+    weight: Annotated[float, Field(gt=0)] = 0.5
+    """Of the value loss beside the policy loss."""
+    clip: Annotated[float, Field(gt=0)] | None = 0.2
+    """How far, in level units, values may move from those of the rollout; null: as far as they like."""
+
+
+class PPO(Frozen):
+    """Reinforcement learning towards requested levels: reward = -sum of weights x |achieved - requested| in level units."""
+
+    type: Literal["ppo"] = "ppo"
+    start: Literal["base", "clm", "exmate"] = "base"
+    """The model to start from, and the reference that KL is measured to: the prepared base, or an earlier objective's."""
+    steps: Annotated[int, Field(ge=1)] = 40
+    """Rounds of rollouts and training."""
+    prompts_per_step: Annotated[int, Field(ge=1)] = 8
+    settings_per_prompt: Annotated[int, Field(ge=1)] = 2
+    """Different settings of the dial that one prompt is asked with; they share its pass and its cached prefix."""
+    group_size: Annotated[int, Field(ge=1)] = 4
+    """Answers to one prompt under one setting."""
+    sampling: Sampling = Sampling(temperature=1.0, min_p=0.0)
+    """temperature also scales the trainer's log-probs; truncated sampling (top_p, min_p) would not be what is trained."""
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    """Weight of an attribute's distance in the reward; 1 when unset."""
+    advantage: Literal["gae", "rloo", "grpo"] = "rloo"
+    """gae needs a critic; rloo and grpo compare the answers of a group."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    gae_lambda: Annotated[float, Field(ge=0, le=1)] = 0.95
+    whiten: bool = True
+    """Give the advantages of a step mean 0 and variance 1 over its tokens; grpo scales by group already, so not there."""
+    epochs: Annotated[int, Field(ge=1)] = 1
+    """Passes over a step's rollouts, each in optimizer steps of train.batch_size answers."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """Policy ratios beyond 1 ± this earn nothing more."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = 3.0
+    """Largest ratio that a negative advantage is multiplied by; null: no limit."""
+    importance_cap: Annotated[float, Field(gt=0)] | None = 2.0
+    """Largest weight by which a token counts for the trainer and the engine disagreeing on it; null: no weights."""
+    entropy_bonus: Annotated[float, Field(ge=0)] = 0.0
+    reward_clip: Annotated[float, Field(gt=0)] | None = None
+    """Rewards are cut to ± this, in level units."""
+    missing_eos_penalty: Annotated[float, Field(ge=0)] = 1.0
+    """Taken from the reward of an answer that was cut off at sampling.max_tokens, in level units."""
+    max_staleness: Literal[0, 1] = 0
+    """1: the rollouts of a step are sampled while the step before still trains, from weights one version older."""
+    kl: KL = KL()
+    critic: Critic = Critic()
+
+    @property
+    def rollouts_per_step(self) -> int:
+        """Answers sampled for one step."""
+        return self.prompts_per_step * self.settings_per_prompt * self.group_size
+
+    @model_validator(mode="after")
+    def _samples_are_the_policy(self) -> PPO:
+        s = self.sampling
+        if s.temperature == 0 or s.top_p < 1 or s.min_p > 0 or s.finish != "model":
+            raise ValueError(
+                f"sampling: temperature={s.temperature:g}, top_p={s.top_p:g}, min_p={s.min_p:g}, finish={s.finish} does not sample "
+                "the policy itself; set temperature above 0, top_p: 1, min_p: 0, finish: model"
+            )
+        if self.advantage != "gae" and self.group_size < 2:
+            raise ValueError(f"group_size={self.group_size} leaves {self.advantage} nothing to compare; set 2 or more, or gae")
+        return self
+
+
+Likelihood = CLM | ExMATE
+"""Objectives that learn from examples."""
+Objective = Annotated[CLM | ExMATE | PPO, Field(discriminator="type")]
 
 
 class LoRA(Frozen):
@@ -464,7 +556,7 @@ class Evaluate(Frozen):
 class Export(Frozen):
     """The dialled model as a folder of its own."""
 
-    objective: Literal["clm", "exmate"] | None = None
+    objective: Literal["clm", "exmate", "ppo"] | None = None
     """Which trained objective is exported; the last of the list when unset."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     levels: dict[str, tuple[int, int]] = {}
@@ -556,9 +648,24 @@ class Job(Frozen):
         types_ = [o.type for o in self.train.objectives]
         if len(set(types_)) < len(types_):
             raise ValueError(f"train.objectives: each type at most once, got {types_}")
+        for ppo in (o for o in self.train.objectives if isinstance(o, PPO)):
+            self._check_ppo(ppo, types_[: types_.index("ppo")])
         if self.export.objective and self.export.objective not in types_:
             raise ValueError(f"export.objective={self.export.objective!r} is not trained; train.objectives has {types_}")
         return self
+
+    def _check_ppo(self, ppo: PPO, earlier: Sequence[str]) -> None:
+        if ppo.start != "base" and ppo.start not in earlier:
+            raise ValueError(f"train.objectives: ppo starts from {ppo.start!r}, which must stand before it; got {[*earlier, 'ppo']}")
+        cells = math.prod(a.levels for a in self.control.attributes)
+        if ppo.settings_per_prompt > cells:
+            raise ValueError(f"train.objectives: ppo.settings_per_prompt={ppo.settings_per_prompt}, the grid has {cells} settings")
+        if ppo.prompts_per_step > self.prompts.train:
+            raise ValueError(
+                f"train.objectives: ppo.prompts_per_step={ppo.prompts_per_step} is more than prompts.train={self.prompts.train}"
+            )
+        if odd := sorted(set(ppo.weights) - {a.name for a in self.control.attributes}):
+            raise ValueError(f"train.objectives: ppo.weights names {odd[0]!r}, which is no attribute of the control space")
 
     def _check_rewards(self) -> None:
         known = [r.outputs for r in self.rewards if r.outputs is not None]

@@ -52,7 +52,7 @@ class Learner(nn.Module):
     """The policy and its loss in one module, so that sharded engines gather parameters inside forward."""
 
     def __init__(
-        self, network: Any, objective: config.Objective, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None
+        self, network: Any, objective: config.Likelihood, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None
     ) -> None:
         super().__init__()
         self.network = network
@@ -110,7 +110,7 @@ class Learner(nn.Module):
 
 def load_learner(
     folder: str,
-    objective: config.Objective,
+    objective: config.Likelihood,
     settings: config.Optimization,
     control_ids: Sequence[int],
     dtype: str,

@@ -35,6 +35,7 @@ def run(
     tokens = 0
     facts: dict[str, Any] = {"workers": job.train.workers, "zero_stage": job.train.zero_stage}
     for objective in job.train.objectives:
+        assert not isinstance(objective, config.PPO)
         place = out.sub(objective.type)
         name = f"{objective.type}-{digest(key, objective.model_dump())}"
         if not place.exists("done.json"):

@@ -21,7 +21,7 @@ class TrainTask:
 
     base: PreparedBase
     space: ControlSpace
-    objective: config.Objective
+    objective: config.Likelihood
     settings: config.Train
     examples: Storage
     out: Storage

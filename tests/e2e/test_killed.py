@@ -211,8 +211,10 @@ def test_ctrl_c_stops_a_running_stage(whole, tiny, tmp_path, stage):
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
     time.sleep(3)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=60) == 130, log.read_text()[-3000:]
+    assert children and psutil.wait_procs(children, timeout=20)[1] == []
     assert "the same command goes on from there" in log.read_text()
     assert "Traceback" not in log.read_text()
     assert not list(root.glob("running.json"))
