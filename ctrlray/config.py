@@ -429,6 +429,8 @@ class PPO(Frozen):
     """Answers to one prompt under one setting."""
     sampling: Sampling = Sampling(temperature=1.0, min_p=0.0)
     """temperature also scales the trainer's log-probs; truncated sampling (top_p, min_p) would not be what is trained."""
+    chances: dict[str, tuple[Annotated[float, Field(ge=0)], ...]] = {}
+    """How often each level of an attribute is asked for, low to high; all alike when unset."""
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
     """Weight of an attribute's distance in the reward; 1 when unset."""
     advantage: Literal["gae", "rloo", "grpo"] = "rloo"
@@ -466,8 +468,8 @@ class PPO(Frozen):
         s = self.sampling
         if s.temperature == 0 or s.top_p < 1 or s.min_p > 0 or s.finish != "model":
             raise ValueError(
-                f"sampling: temperature={s.temperature:g}, top_p={s.top_p:g}, min_p={s.min_p:g}, finish={s.finish} does not sample "
-                "the policy itself; set temperature above 0, top_p: 1, min_p: 0, finish: model"
+                f"sampling: temperature={s.temperature:g}, top_p={s.top_p:g}, min_p={s.min_p:g}, finish={s.finish} does not "
+                "sample the policy itself; set temperature above 0, top_p: 1, min_p: 0, finish: model"
             )
         if self.advantage != "gae" and self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} leaves {self.advantage} nothing to compare; set 2 or more, or gae")
@@ -656,16 +658,23 @@ class Job(Frozen):
 
     def _check_ppo(self, ppo: PPO, earlier: Sequence[str]) -> None:
         if ppo.start != "base" and ppo.start not in earlier:
-            raise ValueError(f"train.objectives: ppo starts from {ppo.start!r}, which must stand before it; got {[*earlier, 'ppo']}")
+            raise ValueError(f"train.objectives: ppo starts from {ppo.start!r}, which must stand before it; {earlier} do")
         cells = math.prod(a.levels for a in self.control.attributes)
         if ppo.settings_per_prompt > cells:
-            raise ValueError(f"train.objectives: ppo.settings_per_prompt={ppo.settings_per_prompt}, the grid has {cells} settings")
+            raise ValueError(f"train.objectives: ppo.settings_per_prompt={ppo.settings_per_prompt}, the grid has {cells} cells")
         if ppo.prompts_per_step > self.prompts.train:
             raise ValueError(
                 f"train.objectives: ppo.prompts_per_step={ppo.prompts_per_step} is more than prompts.train={self.prompts.train}"
             )
-        if odd := sorted(set(ppo.weights) - {a.name for a in self.control.attributes}):
-            raise ValueError(f"train.objectives: ppo.weights names {odd[0]!r}, which is no attribute of the control space")
+        levels = {a.name: a.levels for a in self.control.attributes}
+        if odd := sorted({*ppo.weights, *ppo.chances} - set(levels)):
+            raise ValueError(f"train.objectives: ppo names {odd[0]!r}, which is no attribute of the control space")
+        for name, chances in ppo.chances.items():
+            if len(chances) != levels[name] or not sum(chances):
+                raise ValueError(
+                    f"train.objectives: ppo.chances.{name}={list(chances)} needs a number for each of {levels[name]} levels, "
+                    "at least one above 0"
+                )
 
     def _check_rewards(self) -> None:
         known = [r.outputs for r in self.rewards if r.outputs is not None]

@@ -124,7 +124,14 @@ class Run:
 
         trained = self.out("train").sub(method)
         local = Path(trained.path()) if trained.is_local else config.cache_home() / "merged" / self.keys["train"] / method
-        return merged_folder(self.base, trained, str(local / "merged"))
+        return merged_folder(self.start(method), trained, str(local / "merged"))
+
+    def start(self, method: str) -> str:
+        """Local model folder that a trained objective started from."""
+        for objective in self.job.train.objectives:
+            if objective.type == method and isinstance(objective, config.PPO) and objective.start != "base":
+                return self.merged(objective.start)
+        return self.base.folder
 
     @cached_property
     def previous(self) -> Run | None:
@@ -348,12 +355,19 @@ def _distill(current: Run, progress: Progress) -> StageResult:
 
 
 def _train(current: Run, progress: Progress) -> StageResult:
+    from ctrlray.stages import distill
     from ctrlray.train import run as train
 
     source = current.out("distill")
     names = [a.name for a in current.job.control.attributes]
     examples = source.read_table("examples", schema.examples(names))
-    return train.run(examples, source, current.job, current.base, current.out("train"), current.keys["train"], progress)
+    given = train.Reinforcement(
+        current.prompts("train").to_pylist(),
+        distill.load_scales(source),
+        current.engine_spec(),
+        lambda objective: current.start(objective.type),
+    )
+    return train.run(examples, source, current.job, current.base, given, current.out("train"), current.keys["train"], progress)
 
 
 def _evaluate(current: Run, progress: Progress) -> StageResult:
@@ -381,7 +395,7 @@ def _export(current: Run, progress: Progress) -> StageResult:
     out = current.out("export")
     local = Path(out.path()) if out.is_local else config.cache_home() / "exports" / current.keys["export"]
     progress.total(1)
-    folder = merged_folder(current.base, current.out("train").sub(method), str(local / "model"), job.export.dtype)
+    folder = merged_folder(current.start(method), current.out("train").sub(method), str(local / "model"), job.export.dtype)
     result = export.finish(folder, current.base, job, method, headline(current, method))
     if not out.is_local:
         for file in Path(folder).iterdir():

@@ -82,6 +82,7 @@ def plan(job: config.Job, shape: Shape | None = None) -> list[Group]:
     engine = (engines.cpus, engines.gpus * job.generate.engine.tensor_parallel, _engine_gib(job, shape))
     worker = (train.cpus_per_worker, train.gpus_per_worker, worker_gib(train, shape, job.model.dtype))
     first = "generate and score"
+    ppo = next((o for o in train.objectives if isinstance(o, config.PPO)), None)
     pool = (rewards.min_size, rewards.cpus, rewards.gpus)
     scoring = [Group(first, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.rewards]
     return [
@@ -89,8 +90,20 @@ def plan(job: config.Job, shape: Shape | None = None) -> list[Group]:
         *scoring,
         Group(first, "score writer", 1, WRITE_CPUS, 0.0, SMALL_PROCESS_GIB),
         Group("train", "worker", train.workers, *worker),
+        *(_reinforcing(job, engine, worker) if ppo else []),
         Group("evaluate", "engine", engines.max_size, *engine),
         Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, SMALL_PROCESS_GIB),
+    ]
+
+
+def _reinforcing(job: config.Job, engine: tuple[float, float, float], worker: tuple[float, float, float]) -> list[Group]:
+    """Engines, rewards and workers of PPO, all up at the same time."""
+    rewards, phase = job.score.pool, "train ppo"
+    pool = (rewards.max_size, rewards.cpus, rewards.gpus)
+    return [
+        Group(phase, "engine", job.generate.pool.max_size, *engine),
+        *(Group(phase, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.rewards),
+        Group(phase, "worker", job.train.workers, *worker),
     ]
 
 

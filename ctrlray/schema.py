@@ -126,6 +126,30 @@ def labels() -> pa.Schema:
     )
 
 
+def rollouts(attributes: Sequence[str]) -> pa.Schema:
+    """One row per answer that PPO sampled; those with an `error` are not trained on."""
+    per = [(f"{kind}_{a}", t) for a in attributes for kind, t in _GRID_COLUMNS]
+    return _table(
+        "rollouts",
+        [
+            ("rollout_id", pa.string()),
+            ("step", pa.int32()),
+            ("prompt_id", pa.string()),
+            ("group", pa.int32()),  # of one prompt and setting within the step
+            ("sample", pa.int32()),
+            ("plain_ids", TOKENS),  # the prompt without its code
+            ("prompt_ids", TOKENS),
+            ("token_ids", TOKENS),
+            ("logprobs", pa.list_(pa.float32())),  # nats, by the engine, of each token of token_ids
+            ("text", pa.string()),
+            ("finish_reason", pa.string()),
+            ("weights_version", pa.int32()),
+            ("error", pa.string()),  # why it is dropped, else empty
+            *per,
+        ],
+    )
+
+
 def code_gaps() -> pa.Schema:
     """One row per held-out example: NLL in nats per token under its own code and, averaged, under every other code."""
     return _table(

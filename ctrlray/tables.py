@@ -146,6 +146,11 @@ class Storage:
         data = pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
         return data.to_table(columns=columns)
 
+    def read_part(self, name: str, part: str, schema: pa.Schema) -> pa.Table:
+        """One part of a table."""
+        with self.filesystem.open_input_file(self.path(name, f"{part}.parquet")) as source:
+            return pq.read_table(source, schema=schema)
+
 
 def from_rows(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:
     """A table of Python rows, with its schema's metadata."""

@@ -63,7 +63,7 @@ class Trainer:
     """A network that computes its own loss, inside a DeepSpeed engine.
 
     `network(batch, **totals)` gives a Loss, a share of the whole batch's: shares add up over micro batches and ranks. A batch
-    is a NamedTuple of tensors.
+    is a NamedTuple of tensors and of other batches.
     """
 
     def __init__(
@@ -115,17 +115,17 @@ class Trainer:
         yield
         self.phases[phase] += time.perf_counter() - began
 
-    def measure(self, batch: Any) -> Tensor:
+    def measure(self, batch: Any, **asked: Any) -> Tensor:
         """What the network gives for a batch without totals, without gradients, in float32 on the host."""
         self.engine.eval()
         with torch.no_grad():
-            values: Tensor = self.engine(self.placed(batch))
+            values: Tensor = self.engine(self.placed(batch), **asked)
         self.engine.train()
         return values.float().cpu()
 
     def placed(self, batch: Any) -> Any:
-        """The batch on the engine's device."""
-        return type(batch)(*(t.to(self.engine.device) for t in batch))
+        """The batch on the engine's device, batches inside of it too."""
+        return type(batch)(*(self.placed(t) if isinstance(t, tuple) else t.to(self.engine.device) for t in batch))
 
     def snapshot(self) -> dict[str, Tensor]:
         """What training has changed, by name, whole and in float32: parameters and Adam's moments.

@@ -51,21 +51,38 @@ def launch(
         raise ClusterError(f"{what} failed {settings.max_failures + 1} times: {result.error}") from result.error
 
 
+class Watch:
+    """Reads the notes that rank 0 leaves of its steps and passes them on."""
+
+    def __init__(self, name: str, place: Storage, progress: Progress) -> None:
+        self._name, self._place, self._progress = name, place, progress
+        self.seen = 0
+        """Steps noted so far; fewer than before when a failed worker went back to its checkpoint."""
+
+    def look(self) -> None:
+        """Pass on what is new."""
+        if not self._place.exists("progress.json"):
+            return
+        now = self._place.read_json("progress.json")
+        self._progress.total(now["steps"])
+        if now["step"] == self.seen:
+            return
+        for point in now["recent"]:
+            if point["step"] > self.seen:
+                self._progress.measure(self._name, int(point["step"]), point)
+        self._progress.advance(now["step"] - self.seen)
+        self.seen = now["step"]
+
+
 def watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
-    """Run `call` beside a watch on the steps that rank 0 notes: `fit` itself blocks, Ctrl-C included, until the end."""
-    running, seen, moved = Background(call), 0, time.monotonic()
-    over = False
+    """Run `call` beside a watch on its steps: `fit` itself blocks, Ctrl-C included, until the end."""
+    running, watch = Background(call), Watch(name, place, progress)
+    seen, moved, over = 0, time.monotonic(), False
     while not over:
         over = running.over(_POLL_S)  # the last steps are read after the end
-        if place.exists("progress.json"):
-            now = place.read_json("progress.json")
-            progress.total(now["steps"])
-            if now["step"] != seen:  # fewer than before when a failed worker went back to its checkpoint
-                for point in now["recent"]:
-                    if point["step"] > seen:
-                        progress.measure(name, int(point["step"]), point)
-                progress.advance(now["step"] - seen)
-                seen, moved = now["step"], time.monotonic()
+        watch.look()
+        if watch.seen != seen:
+            seen, moved = watch.seen, time.monotonic()
         if not over and time.monotonic() - moved > patience.timeout_s:
             raise patience.over()
 

@@ -20,11 +20,12 @@ _ROWS = 16
 
 
 class Head(NamedTuple):
-    """An output layer as transformers' causal models compute it: `cap * tanh(scale * (W h + b) / cap)`."""
+    """An output layer as transformers' causal models compute it: `cap * tanh(scale * (W h + b) / cap) / temperature`."""
 
     layer: nn.Linear
     scale: float
     cap: float | None
+    temperature: float = 1.0
 
     @classmethod
     def of(cls, network: Any) -> Head:
@@ -48,9 +49,10 @@ class Head(NamedTuple):
             )
 
     def shaped(self, raw: Tensor) -> Tensor:
-        """What the family does to raw logits."""
+        """What the family does to raw logits, and the temperature of sampling."""
         scaled = raw * self.scale if self.scale != 1.0 else raw
-        return torch.tanh(scaled / self.cap) * self.cap if self.cap else scaled
+        capped = torch.tanh(scaled / self.cap) * self.cap if self.cap else scaled
+        return capped / self.temperature if self.temperature != 1.0 else capped
 
 
 def target_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
@@ -68,12 +70,25 @@ def target_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     return found
 
 
+def logp_and_entropy(head: Head, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of target tokens, and the entropy of what they were chosen from; nats, float32 [N] each."""
+    rows = max(_ROWS, LOGITS_AT_ONCE // head.layer.out_features)
+    pieces = zip(torch.split(hidden_ND, rows), torch.split(target_N, rows), strict=True)
+    found = [checkpoint(_plain_both, head, h, t, use_reentrant=False) for h, t in pieces]
+    return torch.cat([logp for logp, _ in found]), torch.cat([entropy for _, entropy in found])
+
+
+def _plain_both(head: Head, hidden_ND: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor]:
+    logp_NV = torch.log_softmax(head.shaped(head.layer(hidden_ND)).float(), -1)
+    return logp_NV.gather(1, target_N[:, None])[:, 0], -(logp_NV.exp() * logp_NV).sum(-1)
+
+
 def _plain_logp(head: Head, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
     return -nn.functional.cross_entropy(head.shaped(head.layer(hidden_ND)).float(), target_N, reduction="none")
 
 
 class _FrozenHead(torch.autograd.Function):
-    """d logp_i / d h_i = scale * (c_t W_t - sum_v p_v c_v W_v), with c = 1 - (z / cap)^2 the slope of the cap."""
+    """d logp_i / d h_i = scale / temperature * (c_t W_t - sum_v p_v c_v W_v), c = 1 - (z / cap)^2 the slope of the cap at z."""
 
     @staticmethod
     def forward(ctx: Any, hidden_ND: Tensor, target_N: Tensor, head: Head) -> Tensor:
@@ -91,14 +106,14 @@ class _FrozenHead(torch.autograd.Function):
             total = logits.gather(1, likeliest).float() - top.log()
             logp_N[piece] = (logits.gather(1, target).float() - total)[:, 0]
             if jacobian_ND is not None:
-                slope = 1 - (logits.float() / head.cap) ** 2 if head.cap else None
+                slope = 1 - (logits.float() * head.temperature / head.cap) ** 2 if head.cap else None
                 towards = weight[target[:, 0]]
                 if slope is not None:
                     chances, towards = chances * slope, towards * slope.gather(1, target).to(weight.dtype)
                 torch.sub(towards, (_filled(chances.to(weight.dtype)) @ weight)[: len(target)], out=jacobian_ND[piece])
         if jacobian_ND is not None:
             ctx.save_for_backward(jacobian_ND)
-        ctx.scale = head.scale
+        ctx.scale = head.scale / head.temperature
         return logp_N
 
     @staticmethod

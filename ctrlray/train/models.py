@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ class ControlRows(nn.Module):
         self.base = base
         self.first = ids[0]
         self.rows = nn.Parameter(base.weight.detach()[list(ids)].float().clone())
+        self.frozen = False
+        """Give the base's rows instead of those that train."""
 
     @property
     def weight(self) -> Tensor:
@@ -42,21 +45,20 @@ class ControlRows(nn.Module):
     def forward(self, input_ids: Tensor) -> Tensor:
         """Embeddings of shape [..., D] in the base's dtype."""
         frozen: Tensor = self.base(input_ids)
+        if self.frozen:
+            return frozen
         slot = input_ids - self.first
         inside = (slot >= 0) & (slot < len(self.rows))
         picked = self.rows[slot.clamp(0, len(self.rows) - 1)].to(frozen.dtype)
         return torch.where(inside[..., None], picked, frozen)
 
 
-class Learner(nn.Module):
-    """The policy and its loss in one module, so that sharded engines gather parameters inside forward."""
+class Reader(nn.Module):
+    """A causal network that reads packed batches of tree rows; what learns from them is built on it."""
 
-    def __init__(
-        self, network: Any, objective: config.Likelihood, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None
-    ) -> None:
+    def __init__(self, network: Any, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None) -> None:
         super().__init__()
         self.network = network
-        self.objective = objective
         self.compute = compute
         self.device_type = device
         self.path: TreePath = path or choose_path(network, gpu=device == "cuda")
@@ -70,6 +72,47 @@ class Learner(nn.Module):
     def collated(self, rows: Sequence[TreeRow], pad_id: int) -> Batch:
         """A micro batch in the layout that this network's attention reads."""
         return collate(rows, pad_id, packed=self.shares, multiple=MULTIPLES.get(self.path, 1))
+
+    def autocast(self) -> torch.autocast:
+        """Products in the dtype that the processor computes in."""
+        return torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32)
+
+    def answer_logp(self, batch: Batch) -> Tensor:
+        """Log-probs of the answers' tokens in nats, shape [N, T], 0 where the mask is 0. Logits exist only where answers are."""
+        with self.autocast():
+            hidden = self.hidden(batch)  # [R, S, D]
+            picked = target_logp(Head.of(self.network), at_answers(hidden, batch), batch.target_NT[batch.mask_NT.bool()])
+        return spread(picked, batch) + 0.0 * hidden.sum()  # an empty batch still reaches every parameter
+
+    def hidden(self, batch: Batch, network: Any = None) -> Tensor:
+        """Hidden states [R, S, D] of this network, or of another of its kind."""
+        network = network or self.network
+        if self.shares:
+            return run_packed(network, self.path, batch.input_ids_RS[0], batch.position_ids_RS[0], batch.spans_K4)
+        out = network.base_model(input_ids=batch.input_ids_RS, attention_mask=batch.present_RS.long(), use_cache=False)
+        hidden: Tensor = out.last_hidden_state
+        return hidden
+
+
+def at_answers(hidden_RSD: Tensor, batch: Batch) -> Tensor:
+    """Hidden states that predict the answers' tokens, those that the mask counts, [number of them, D]."""
+    return hidden_RSD.flatten(0, 1)[batch.source_NT[batch.mask_NT.bool()]]
+
+
+def spread(counted: Tensor, batch: Batch) -> Tensor:
+    """Values of the counted tokens back in their places: float32 [N, T], 0 elsewhere."""
+    out = torch.zeros(batch.mask_NT.shape, dtype=torch.float32, device=counted.device)
+    return out.masked_scatter(batch.mask_NT.bool(), counted.float())
+
+
+class Learner(Reader):
+    """A network and its loss in one module, so that sharded engines gather parameters inside forward."""
+
+    def __init__(
+        self, network: Any, objective: config.Likelihood, compute: torch.dtype, device: str = "cpu", path: TreePath | None = None
+    ) -> None:
+        super().__init__(network, compute, device, path)
+        self.objective = objective
 
     def forward(self, batch: Batch, num_tokens: float = 0.0, num_wrong: float = 0.0) -> Loss | Tensor:
         """The loss of a micro batch; with `num_tokens=0` the answers' mean log-probs, shape [N]."""
@@ -90,23 +133,6 @@ class Learner(nn.Module):
             reduction=self.objective.reduction,
         )
 
-    def answer_logp(self, batch: Batch) -> Tensor:
-        """Log-probs of the answers' tokens in nats, shape [N, T], 0 where the mask is 0. Logits exist only where answers are."""
-        counted = batch.mask_NT.bool()
-        with torch.autocast(self.device_type, self.compute, enabled=self.compute != torch.float32):
-            hidden = self._hidden(batch)  # [R, S, D]
-            picked = target_logp(Head.of(self.network), hidden.flatten(0, 1)[batch.source_NT[counted]], batch.target_NT[counted])
-        out = torch.zeros(batch.mask_NT.shape, dtype=torch.float32, device=picked.device)
-        spread: Tensor = out.masked_scatter(counted, picked)
-        return spread + 0.0 * hidden.sum()  # an empty batch still reaches every parameter
-
-    def _hidden(self, batch: Batch) -> Tensor:
-        if self.shares:
-            return run_packed(self.network, self.path, batch.input_ids_RS[0], batch.position_ids_RS[0], batch.spans_K4)
-        out = self.network.base_model(input_ids=batch.input_ids_RS, attention_mask=batch.present_RS.long(), use_cache=False)
-        hidden: Tensor = out.last_hidden_state
-        return hidden
-
 
 def load_learner(
     folder: str,
@@ -120,6 +146,14 @@ def load_learner(
 
     Raises ConfigError when the model's logits are not understood.
     """
+    network, path = load_network(folder, settings, control_ids, dtype, device)
+    return Learner(network, objective, getattr(torch, dtype), device, path).to(device)
+
+
+def load_network(
+    folder: str, settings: config.Optimization, control_ids: Sequence[int], dtype: str, device: str
+) -> tuple[Any, TreePath]:
+    """The network of a folder, ready to train, and how it reads packed rows."""
     from transformers import AutoModelForCausalLM
 
     compute = getattr(torch, dtype)
@@ -136,25 +170,42 @@ def load_learner(
     if settings.activation_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network.train()
-    return Learner(network, objective, compute, device, path).to(device)
+    return network, path
 
 
-def add_lora(network: Any, lora: config.LoRA) -> None:
-    """Put LoRA adapters in float32 beside every linear layer but the output layer; they train, nothing else changes."""
+def add_lora(network: Any, lora: config.LoRA, name: str = "default") -> None:
+    """Put LoRA adapters in float32 beside every linear layer but the output layer; they train, nothing else changes.
+
+    A second set, of another name, lies beside the first, which stays the active one.
+    """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    head = network.get_output_embeddings()
-    names = sorted({n.rsplit(".", 1)[-1] for n, m in network.named_modules() if isinstance(m, nn.Linear) and m is not head})
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=names)
-    inject_adapter_in_model(settings, network)
+    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=_linear_names(network))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second set is meant
+        inject_adapter_in_model(settings, network, adapter_name=name)
     for module in network.modules():
         if isinstance(module, BaseTunerLayer):
             module.cast_input_dtype_enabled = False  # autocast casts the small matrices; PEFT would keep a copy of every input
-    for name, parameter in network.named_parameters():
-        if "lora_" in name:
+            module._active_adapter = ["default"]
+    for parameter_name, parameter in network.named_parameters():
+        if "lora_" in parameter_name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
+
+
+def _linear_names(network: Any) -> list[str]:
+    """Last names of the linear layers but the output layer; those that adapters wrap already count by their own name."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = network.get_output_embeddings()
+    found = set()
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | BaseTunerLayer) and module is not head:
+            *_, last = (p for p in name.split(".") if not p.startswith("lora_") and p not in ("base_layer", "default"))
+            found.add(last)
+    return sorted(found)
 
 
 def parameter_groups(learner: Learner, settings: config.Train) -> list[dict[str, Any]]:
@@ -177,7 +228,7 @@ def trained_state(
     """
     state = {}
     for name, parameter in learner.network.named_parameters():
-        if not parameter.requires_grad:
+        if not parameter.requires_grad or ".critic." in name:
             continue
         clean = name.replace(".default.weight", "").replace(".lora_", ".weight.lora_").replace(".rows", ".weight.rows")
         state[clean] = parameter.detach().float().cpu().contiguous()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 
 from ctrlray import config, models
 from ctrlray.control import ControlSpace
+from ctrlray.distill import Levels as LevelScale
+from ctrlray.engine.engine import EngineSpec
 from ctrlray.errors import DataError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.models import PreparedBase
@@ -21,13 +25,32 @@ from ctrlray.placement import CONTROLLER_CPUS
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
 from ctrlray.train.launch import launch, waits_for, watched
+from ctrlray.train.ppo import drive as ppo
+from ctrlray.train.ppo.loop import PPOTask
 from ctrlray.train.worker import TrainTask, train_loop, valid_and_train_counts
 
 
+class Reinforcement(NamedTuple):
+    """What reinforcement learning reads beside the job."""
+
+    prompts: list[dict[str, Any]]
+    scales: Mapping[str, LevelScale]
+    spec: EngineSpec
+    start: Callable[[config.PPO], str]
+    """Folder of the model that it starts from; the objectives before it are trained by then."""
+
+
 def run(
-    examples: pa.Table, source: Storage, job: config.Job, base: PreparedBase, out: Storage, key: str, progress: Progress
+    examples: pa.Table,
+    source: Storage,
+    job: config.Job,
+    base: PreparedBase,
+    reinforcement: Reinforcement,
+    out: Storage,
+    key: str,
+    progress: Progress,
 ) -> StageResult:
-    """Train every objective of the job that `out` lacks, each from the prepared base."""
+    """Train every objective of the job that `out` lacks, each from the prepared base; PPO from where it says."""
     valid, train = valid_and_train_counts(examples)
     if not train:
         raise DataError("train: no training examples; lower distill.outer or add prompts or samples")
@@ -35,24 +58,13 @@ def run(
     tokens = 0
     facts: dict[str, Any] = {"workers": job.train.workers, "zero_stage": job.train.zero_stage}
     for objective in job.train.objectives:
-        assert not isinstance(objective, config.PPO)
         place = out.sub(objective.type)
         name = f"{objective.type}-{digest(key, objective.model_dump())}"
         if not place.exists("done.json"):
-            progress.note(f"training {objective.type}")
-            task = TrainTask(
-                base=base,
-                space=ControlSpace.of(job.control),
-                objective=objective,
-                settings=job.train,
-                examples=source,
-                out=place,
-                dtype=models.pick_dtype(job.model.dtype, gpu=job.train.gpus_per_worker > 0),
-                seed=job.seed,
-                key=key,
-            )
-            patience = Patience("train", job.cluster.stall_timeout_s, partial(waits_for, place, job.train))
-            watched(objective.type, partial(_fit, task, name, out), place, progress, patience)
+            if isinstance(objective, config.PPO):
+                _reinforce(objective, job, base, reinforcement, place, key, name, out, progress)
+            else:
+                _learn(objective, job, base, source, place, key, name, out, progress)
         curves = place.read_json("curves.json")
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {
@@ -60,11 +72,71 @@ def run(
             "seconds": round(sum(p["seconds"] for p in curves), 1),
             "path": place.read_json("done.json").get("path"),
         }
+        if isinstance(objective, config.PPO):
+            facts[objective.type] |= ppo.accounts(place, [a.name for a in job.control.attributes])
     return StageResult(train + valid, train + valid, tokens=tokens, facts=facts)
 
 
-def _fit(task: TrainTask, name: str, out: Storage) -> None:
-    launch(train_loop, {"task": task}, task.settings, name, out, what=f"train: {task.objective.type}")
+def _dtype(job: config.Job) -> str:
+    return models.pick_dtype(job.model.dtype, gpu=job.train.gpus_per_worker > 0)
+
+
+def _learn(
+    objective: config.Likelihood,
+    job: config.Job,
+    base: PreparedBase,
+    source: Storage,
+    place: Storage,
+    key: str,
+    name: str,
+    out: Storage,
+    progress: Progress,
+) -> None:
+    progress.note(f"training {objective.type}")
+    task = TrainTask(
+        base=base,
+        space=ControlSpace.of(job.control),
+        objective=objective,
+        settings=job.train,
+        examples=source,
+        out=place,
+        dtype=_dtype(job),
+        seed=job.seed,
+        key=key,
+    )
+    patience = Patience("train", job.cluster.stall_timeout_s, partial(waits_for, place, job.train))
+    fit = partial(launch, train_loop, {"task": task}, job.train, name, out, what=f"train: {objective.type}")
+    watched(objective.type, fit, place, progress, patience)
+
+
+def _reinforce(
+    objective: config.PPO,
+    job: config.Job,
+    base: PreparedBase,
+    given: Reinforcement,
+    place: Storage,
+    key: str,
+    name: str,
+    out: Storage,
+    progress: Progress,
+) -> None:
+    folder = given.start(objective)
+    renderer = base.renderer(ControlSpace.of(job.control))
+    task = PPOTask(
+        folder=folder,
+        control_ids=base.control_ids,
+        space=ControlSpace.of(job.control),
+        objective=objective,
+        settings=job.train,
+        out=place,
+        dtype=_dtype(job),
+        seed=job.seed,
+        key=key,
+        pad_id=renderer.tokenizer.pad_token_id or renderer.tokenizer.eos_token_id or 0,
+        timeout_s=job.cluster.stall_timeout_s,
+    )
+    spec = replace(given.spec, model=folder, processed_logprobs=True, log_stats=True)
+    ppo.train(task, job, spec, given.prompts, given.scales, renderer, name, out, progress)
 
 
 def _merge_task(base: str, adapter: Storage, out: str, dtype: str | None) -> str:
@@ -79,12 +151,12 @@ def _merge_task(base: str, adapter: Storage, out: str, dtype: str | None) -> str
     return out
 
 
-def merged_folder(base: PreparedBase, trained: Storage, out: str, dtype: str | None = None) -> str:
-    """A model folder at `out` with the adapter merged into the prepared base; made once."""
+def merged_folder(base: str, trained: Storage, out: str, dtype: str | None = None) -> str:
+    """A model folder at `out` with the adapter merged into the folder that training started from; made once."""
     if not Path(out).is_dir():
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         done: Any = ray.get(
-            ray.remote(_merge_task).options(num_cpus=CONTROLLER_CPUS).remote(base.folder, trained.sub("adapter"), out, dtype)
+            ray.remote(_merge_task).options(num_cpus=CONTROLLER_CPUS).remote(base, trained.sub("adapter"), out, dtype)
         )
         return str(done)
     return out

@@ -200,7 +200,7 @@ class _Loop:
         out = self.task.out
         out.write_table(from_rows(gaps, schema.code_gaps()), "code_gaps")
         if out.is_local:
-            _write_tensorboard(self.trail.curves, out.path("tensorboard"))
+            write_tensorboard(self.trail.curves, out.path("tensorboard"))
         note = {"key": self.task.key, "steps": len(self.steps), "path": self.learner.path}
         out.write_json(note, "done.json")
 
@@ -218,7 +218,8 @@ def sum_over_ranks(parts: dict[str, float], ranks: int) -> dict[str, float]:
     return parts
 
 
-def _write_tensorboard(curves: list[dict[str, float]], folder: str) -> None:
+def write_tensorboard(curves: list[dict[str, float]], folder: str) -> None:
+    """Curves as TensorBoard event files."""
     from torch.utils.tensorboard import SummaryWriter
 
     with SummaryWriter(folder) as writer:

@@ -11,24 +11,39 @@ from ctrlray.config import ExMATE
 from ctrlray.errors import ConfigError
 from ctrlray.train import logprobs
 from ctrlray.train.batches import TrainExample, tree_rows
-from ctrlray.train.logprobs import Head, target_logp
+from ctrlray.train.logprobs import Head, logp_and_entropy, target_logp
 from ctrlray.train.models import Learner
 
 
-def head(cap=None, scale=1.0, bias=False, frozen=True):
+def head(cap=None, scale=1.0, bias=False, frozen=True, temperature=1.0):
     torch.manual_seed(1)
     layer = nn.Linear(6, 50, bias=bias).double()
     layer.requires_grad_(not frozen)
-    return Head(layer, scale, cap)
+    return Head(layer, scale, cap, temperature)
+
+
+def logp_of_all(h, hidden):
+    raw = h.layer(hidden) * h.scale
+    logits = h.cap * torch.tanh(raw / h.cap) if h.cap else raw
+    return (logits / h.temperature).log_softmax(-1)
 
 
 def plain(h, hidden, target):
-    raw = h.layer(hidden) * h.scale
-    logits = h.cap * torch.tanh(raw / h.cap) if h.cap else raw
-    return logits.log_softmax(-1).gather(1, target[:, None])[:, 0]
+    return logp_of_all(h, hidden).gather(1, target[:, None])[:, 0]
 
 
-@pytest.mark.parametrize("given", [{}, {"cap": 0.8}, {"scale": 3.0}, {"bias": True, "cap": 1.5, "scale": 0.5}, {"frozen": False}])
+HEADS = [
+    {},
+    {"cap": 0.8},
+    {"scale": 3.0},
+    {"bias": True, "cap": 1.5, "scale": 0.5},
+    {"frozen": False},
+    {"cap": 0.8, "temperature": 0.5},
+    {"temperature": 2.0, "frozen": False},
+]
+
+
+@pytest.mark.parametrize("given", HEADS)
 def test_log_probs_and_gradients_in_chunks(given, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 16 * 50)  # 37 tokens in three chunks
     h = head(**given)
@@ -39,6 +54,21 @@ def test_log_probs_and_gradients_in_chunks(given, monkeypatch):
     loss = lambda logp: (logp.exp() * torch.arange(37)).sum()  # noqa: E731  # anything but a plain sum
     pairs = zip(torch.autograd.grad(loss(mine), wanted), torch.autograd.grad(loss(usual), wanted), strict=True)
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize("given", HEADS)
+def test_entropy_and_its_gradient_in_chunks(given, monkeypatch):
+    monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 16 * 50)
+    h = head(**given)
+    hidden, target = torch.randn(37, 6, dtype=torch.float64, requires_grad=True), torch.randint(50, (37,))
+    logp, entropy = logp_and_entropy(h, hidden, target)
+    every = logp_of_all(h, hidden)
+    usual = -(every.exp() * every).sum(-1)
+    assert torch.allclose(logp.double(), plain(h, hidden, target), atol=1e-6)
+    assert torch.allclose(entropy.double(), usual, atol=1e-5)
+    weights = torch.arange(37)
+    (mine,), (theirs,) = (torch.autograd.grad((e * weights).sum(), hidden) for e in (entropy, usual))
+    assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_unlikely_targets_keep_their_log_prob():

@@ -1,0 +1,141 @@
+"""The driver's side of PPO: engines and reward actors that stay up, rollouts for each step, weights into every engine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from ctrlray import config, schema
+from ctrlray.control import ControlSpace, Renderer
+from ctrlray.distill import Levels as LevelScale
+from ctrlray.engine.engine import EngineSpec
+from ctrlray.engine.pool import EnginePool
+from ctrlray.errors import ClusterError, DataError
+from ctrlray.ledger import Progress
+from ctrlray.patience import Background
+from ctrlray.rewards.pool import RewardPool
+from ctrlray.tables import Storage
+from ctrlray.train.launch import Watch, launch
+from ctrlray.train.ppo.loop import STOP, WEIGHTS, PPOTask, ppo_loop, weights_name
+from ctrlray.train.ppo.rollouts import ROLLOUTS, Producer, Prompts
+
+_POLL_S = 0.02
+
+
+def train(
+    task: PPOTask,
+    job: config.Job,
+    spec: EngineSpec,
+    prompts: Sequence[Mapping[str, Any]],
+    scales: Mapping[str, LevelScale],
+    renderer: Renderer,
+    name: str,
+    place: Storage,
+    progress: Progress,
+) -> None:
+    """Train by reinforcement learning to the end, from the start or from where an earlier run was cut off.
+
+    `place` holds the Ray Train run of that `name`; the task's own folder everything else.
+    """
+    order = Prompts(prompts, ControlSpace.of(job.control), renderer, task.objective, job.model.max_context, job.seed)
+    if order.num_usable < task.objective.prompts_per_step:
+        raise DataError(
+            f"ppo: {order.num_usable} of {len(prompts)} prompts leave room for {task.objective.sampling.max_tokens} tokens of an "
+            f"answer; it needs {task.objective.prompts_per_step}. Raise model.max_context or prompts.train"
+        )
+    if task.out.exists(STOP):
+        task.out.remove(STOP)
+    timeout = job.cluster.stall_timeout_s
+    progress.note("starting vLLM and reward actors")
+    with (
+        EnginePool(spec, job.generate.pool, f"{job.name}-ppo", timeout) as engines,
+        RewardPool(job.rewards, job.score.pool, f"{job.name}-ppo", timeout) as rewards,
+    ):
+        chats = {p["prompt_id"]: p["messages"] for p in prompts}
+        producer = Producer(order, chats, job, task.objective, scales, engines, rewards, task.out)
+        progress.note("training ppo")
+        learner = Background(partial(launch, ppo_loop, {"task": task}, task.settings, name, place, what="train: ppo"))
+        try:
+            _Driver(task, producer, learner, Watch("ppo", task.out, progress), progress, timeout).run()
+        except BaseException as error:
+            task.out.write_json({"reason": f"{type(error).__name__}: {error}"}, STOP)
+            raise
+
+
+class _Driver:
+    """One training's driver."""
+
+    def __init__(
+        self, task: PPOTask, producer: Producer, learner: Background, watch: Watch, progress: Progress, timeout_s: float
+    ) -> None:
+        self._task, self._producer, self._learner, self._watch = task, producer, learner, watch
+        self._progress, self._timeout_s = progress, timeout_s
+        self._ended = False
+
+    def run(self) -> None:
+        """Rollouts for every step that lacks them, then wait for the learner's end."""
+        steps = self._task.objective.steps
+        for step in range(steps):
+            if self._producer.has(step):
+                continue
+            notes = self._sync(max(0, step - self._task.objective.max_staleness), step)
+            tokens = self._producer.make(step, notes)
+            self._progress.advance(0, tokens)
+        self._until(lambda: self._ended, "the learner to end")
+
+    def _sync(self, least: int, step: int) -> dict[str, float]:
+        """The newest weights into every engine, at least version `least`, at most that of `step`; seconds it took."""
+        began = time.perf_counter()
+        self._until(lambda: self._newest(least, step) is not None, f"version {least} of the weights")
+        waited = time.perf_counter()
+        version = self._newest(least, step)
+        assert version is not None
+        if version != self._producer.engines.weights_version:
+            adapter, card = _read_weights(self._task.out, version)
+            self._producer.engines.load_adapter(adapter, card, version)
+        return {"sync_s": time.perf_counter() - waited, "learner_s": waited - began}
+
+    def _newest(self, least: int, most: int) -> int | None:
+        """The newest version there is from `least` to `most`; version 0 is the model that training starts from."""
+        for version in range(most, max(least, 1) - 1, -1):
+            if self._task.out.exists(WEIGHTS, weights_name(version)):
+                return version
+        return 0 if least == 0 else None
+
+    def _until(self, there: Callable[[], bool], what: str) -> None:
+        """Wait for the learner. Raises what the learner raised, or ClusterError when it finishes no step in time."""
+        seen, moved = self._watch.seen, time.monotonic()
+        while not there():
+            self._ended = self._ended or self._learner.over(_POLL_S)
+            self._watch.look()
+            if self._ended and not there():
+                raise ClusterError(f"train: ppo ended while {what} was waited for")
+            if self._watch.seen != seen:
+                seen, moved = self._watch.seen, time.monotonic()
+            if time.monotonic() - moved > self._timeout_s:
+                raise ClusterError(
+                    f"train: ppo: nothing finished for {self._timeout_s:g} s; it waits for {what}. What is finished is kept: "
+                    "mend that, or raise cluster.stall_timeout_s where it is only slow, and run the same command again."
+                )
+        self._watch.look()
+
+
+def _read_weights(out: Storage, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors by name and the card that says how they are merged."""
+    from safetensors.torch import load
+
+    data = out.read_bytes(WEIGHTS, weights_name(version))
+    size = int.from_bytes(data[:8], "little")  # the format: length of a JSON header, the header, the tensors
+    card = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["card"])
+    return load(data), card
+
+
+def accounts(place: Storage, names: Sequence[str]) -> dict[str, Any]:
+    """Rollouts in = used + dropped, over all steps."""
+    table = place.read_table(ROLLOUTS, schema.rollouts(names), ["error"])
+    errors = table["error"].to_pylist()
+    dropped = {reason: errors.count(reason) for reason in sorted(set(errors)) if reason}
+    return {"rollouts": len(errors), "used": errors.count(""), "dropped": dropped}
