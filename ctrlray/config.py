@@ -440,7 +440,9 @@ class PPO(Frozen):
     whiten: bool = True
     """Give the advantages of a step mean 0 and variance 1 over its tokens; grpo scales by group already, so not there."""
     epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over a step's rollouts, each in optimizer steps of train.batch_size answers."""
+    """Passes over a step's rollouts."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Answers per optimizer step. All of a step's rollouts in one pass: no ratio is ever off 1, and one forward pass is saved."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Policy ratios beyond 1 ± this earn nothing more."""
