@@ -221,7 +221,7 @@ def _texts(labels: Labels) -> list[Any]:
 
 def _publish(start: Path, work: Storage, made: Path) -> None:
     """Merge what was learned into the start's weights, at the model's final place."""
-    from ctrlray.train.models import merge
+    from ctrlray.adapter import merge
 
     scratch = made.with_name(f".{made.name}.tmp-{os.getpid()}")
     merge(str(start), work.path("adapter"), str(scratch))

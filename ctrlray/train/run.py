@@ -68,7 +68,7 @@ def _fit(task: TrainTask, name: str, out: Storage) -> None:
 
 
 def _merge_task(base: str, adapter: Storage, out: str, dtype: str | None) -> str:
-    from ctrlray.train.models import merge
+    from ctrlray.adapter import merge
 
     with tempfile.TemporaryDirectory() as scratch:
         for name in adapter.names():
