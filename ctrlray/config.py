@@ -473,6 +473,11 @@ class PPO(Frozen):
                 f"sampling: temperature={s.temperature:g}, top_p={s.top_p:g}, min_p={s.min_p:g}, finish={s.finish} does not "
                 "sample the policy itself; set temperature above 0, top_p: 1, min_p: 0, finish: model"
             )
+        if self.kl.target and self.rollouts_per_step >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"kl.horizon={self.kl.horizon} is too short for {self.rollouts_per_step} rollouts a step: the coefficient would "
+                f"turn negative; set {self.rollouts_per_step // 5 + 1} or more"
+            )
         if self.advantage != "gae" and self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} leaves {self.advantage} nothing to compare; set 2 or more, or gae")
         return self

@@ -17,10 +17,10 @@ from ctrlray.control import ControlSpace, Levels, Renderer, with_system
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
+from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.metrics import evaluate_grid
 from ctrlray.stages.generate import consume
-from ctrlray.stages.journal import DIED
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -136,7 +136,7 @@ def _answer(
             out.write_table(from_rows(rows, _answers_schema(job)), "answers", f"method-{method}")
 
 
-_NO_ANSWER = Completion("", [], 0.0, DIED)
+_NO_ANSWER = Completion("", [], 0.0, DIED, [])
 
 
 def _left_out(question: Question) -> dict[str, str]:

@@ -221,10 +221,10 @@ def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Ma
                 dotted = {"dash": "dot", "width": 1, "color": color}
                 shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": dotted})
                 words.append(f"level {level} from {kept[0][1]:.2f} to {kept[-1][1]:.2f}")
-            layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "level units"}}, "shapes": shapes}
+            more: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "level units"}}, "shapes": shapes}
             title = f"{name} reached by level asked for, {method}"
             alt = f"{title}: {'; '.join(words)}."
-            figures.append(_figure(title, alt, traces, 280, note="dotted: the level itself", showlegend=True, **layout))
+            figures.append(_figure(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
     return figures
 
 

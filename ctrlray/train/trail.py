@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctrlray import config
+from ctrlray.adapter import ADAPTER, ADAPTER_CARD
 from ctrlray.tables import Storage
 from ctrlray.train.engine import Trainer
 
@@ -62,7 +63,7 @@ class Trail:
         """Write `adapter` and `curves.json`; whether this rank is the one that did."""
         from safetensors.torch import save
 
-        from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
+        from ctrlray.train.models import trained_state
 
         with self._trainer.gathered() as network:
             if self._rank != 0:

@@ -115,6 +115,7 @@ def test_ppo_with_a_critic_may_have_groups_of_one():
         (ppo(group_size=1), "group_size=1 leaves rloo nothing to compare"),
         (ppo(settings_per_prompt=4), "settings_per_prompt=4, the grid has 3 cells"),
         (ppo(prompts_per_step=97), "prompts_per_step=97 is more than prompts.train=96"),
+        (ppo(kl={"target": 5, "horizon": 12}), "kl.horizon=12 is too short for 64 rollouts a step.*set 13 or more"),
         (ppo(weights={"charm": 1}), "ppo names 'charm', which is no attribute"),
         (ppo(chances={"brevity": [1, 1]}), r"ppo.chances.brevity=\[1.0, 1.0\] needs a number for each of 3 levels"),
         (ppo(chances={"brevity": [0, 0, 0]}), "at least one above 0"),

@@ -63,10 +63,12 @@ def usual(folder, temperature=1.0):
     """Log-probs of the answers by transformers alone, each in a sequence of its own, in the order of the tree's branches."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    network = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     out = torch.zeros(3, 3)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
-        logits = network(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / temperature
+        logits = network(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        logits[:, list(CONTROL_IDS)] -= 100  # as engines do, so that no control token is sampled
+        logits /= temperature
         out[i, : len(answer)] = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
     return out
 
@@ -146,7 +148,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_reinforce(folder):
     network(batch(network), num_tokens=6.0).total.backward()
     mine = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    (-network.answer_logp(tree(network)).sum() / 6).backward()
+    (-network._policy(tree(network))[0].sum() / 6).backward()
     theirs = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
     assert all(torch.allclose(mine[n], theirs[n], atol=1e-6) for n in theirs)
 
@@ -155,11 +157,10 @@ def test_kl_in_the_loss_pulls_towards_the_reference(folder):
     network = policy(folder, kl=config.KL(place="loss", estimator="k2"))
     disturb(network, lambda name: True)
     with torch.no_grad():
-        reference = network(tree(network), channels=("reference",))[0]
+        logp, reference = network(tree(network), channels=("policy", "reference"))
     no_advantage = {"advantage_NT": torch.zeros(3, 3), "reference_NT": reference}
     loss = network(batch(network, **no_advantage), num_tokens=6.0, kl=0.5)
-    logp = network.answer_logp(tree(network))
-    k2 = 0.5 * (logp.detach() - reference) ** 2 * tree(network).mask_NT
+    k2 = 0.5 * (logp - reference) ** 2 * tree(network).mask_NT
     assert loss.total.item() == pytest.approx(0.5 * float(k2.sum() / 6), rel=1e-4)
     assert network(batch(network, **no_advantage), num_tokens=6.0, kl=0.0).total.item() == pytest.approx(0.0, abs=1e-6)
 

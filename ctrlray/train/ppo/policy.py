@@ -53,10 +53,12 @@ class Policy(Reader):
         device: str = "cpu",
         path: TreePath | None = None,
         *,
+        control_ids: Sequence[int] = (),
         reference: Any = None,
         critic: Any = None,
     ) -> None:
         super().__init__(network, compute, device, path)
+        self._masked = (min(control_ids), max(control_ids) + 1) if control_ids else (0, 0)
         self.objective = objective
         self.reference = reference
         self.critic = critic
@@ -125,7 +127,7 @@ class Policy(Reader):
             return spread(logp, tree), spread(entropy, tree), hidden.sum()
 
     def _head(self, network: Any) -> Head:
-        return Head.of(network)._replace(temperature=self.objective.sampling.temperature)
+        return Head.of(network)._replace(temperature=self.objective.sampling.temperature, masked=self._masked)
 
     def values(self, batch: Batch) -> Tensor:
         """What the critic expects of each answer from each of its tokens on, in level units, [N, T]."""
@@ -176,7 +178,8 @@ def load_policy(
         critic = critic or (copy.deepcopy(network) if needs_critic else None)
     elif needs_critic and critic is None:
         add_lora(network, settings.lora, CRITIC)
-    policy = Policy(network, objective, getattr(torch, dtype), device, path, reference=reference, critic=critic)
+    networks = {"reference": reference, "critic": critic}
+    policy = Policy(network, objective, getattr(torch, dtype), device, path, control_ids=control_ids, **networks)
     if settings.activation_checkpointing:
         again = {"use_reentrant": False, "context_fn": policy.checkpoint_contexts}
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
