@@ -221,7 +221,7 @@ def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Ma
                 dotted = {"dash": "dot", "width": 1, "color": color}
                 shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": dotted})
                 words.append(f"level {level} from {kept[0][1]:.2f} to {kept[-1][1]:.2f}")
-            more: dict[str, Any] = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "level units"}}, "shapes": shapes}
+            more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("level units"), "shapes": shapes}
             title = f"{name} reached by level asked for, {method}"
             alt = f"{title}: {'; '.join(words)}."
             figures.append(_figure(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
@@ -242,9 +242,13 @@ def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Fig
             traces.append(go.Bar(x=[p["step"] for p in points], y=values, name=phase, marker={"color": color}))
         title = f"Seconds of a step, {method}"
         alt = f"{title}, means: {', '.join(words)}."
-        layout = {"xaxis": {"title": {"text": "step"}}, "yaxis": {"title": {"text": "seconds"}}, "barmode": "stack"}
-        figures.append(_figure(title, alt, traces, 280, showlegend=True, **layout))
+        more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("seconds"), "barmode": "stack"}
+        figures.append(_figure(title, alt, traces, 280, **more, showlegend=True))
     return figures
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {"title": {"text": title}}
 
 
 def _curve_axis(key: str) -> dict[str, Any]:

@@ -176,7 +176,13 @@ def test_help_has_examples(verb):
 
 
 @pytest.mark.parametrize(
-    ("module", "may_load"), [("ctrlray.cli", set()), ("ctrlray.pipeline", set()), ("ctrlray.objectives.losses", {"torch"})]
+    ("module", "may_load"),
+    [
+        ("ctrlray.cli", set()),
+        ("ctrlray.pipeline", set()),
+        ("ctrlray.objectives.losses", {"torch"}),
+        ("ctrlray.objectives.ppo", {"torch"}),
+    ],
 )
 def test_import_is_light(module, may_load):
     code = f"import sys, {module}; print(*sys.modules)"
