@@ -49,6 +49,8 @@ class ActorPool:
         self._kind, self._arguments, self._pool, self._name = kind, tuple(arguments), pool, name
         self._words, self._timeout_s, self._restore = words, stall_timeout_s, restore
         self._restarts = 0
+        self.greetings: list[Any] = []
+        """What the first actors' `ready()` gave, once they are up."""
         self.actors = [self._start(i) for i in range(pool.max_size)]
 
     def _start(self, index: int) -> Any:
@@ -59,7 +61,7 @@ class ActorPool:
     def __enter__(self) -> ActorPool:
         """Wait until every actor is up."""
         try:
-            self._await_start(self.actors)
+            self.greetings = self._await_start(self.actors)
         except BaseException:
             self.close()
             raise
@@ -153,11 +155,11 @@ class ActorPool:
         self._await_start([self.actors[index]])
         self._restore(index)
 
-    def _await_start(self, actors: Sequence[Any]) -> None:
+    def _await_start(self, actors: Sequence[Any]) -> list[Any]:
         waiting = [a.ready.remote() for a in actors]
         try:
             with _unwrapped():
-                ray.get(waiting, timeout=self._timeout_s)
+                return list(ray.get(waiting, timeout=self._timeout_s))
         except ray.exceptions.GetTimeoutError as error:
             late = len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[1])
             free = ray.available_resources()

@@ -54,7 +54,7 @@ class RewardPool:
     def __enter__(self) -> RewardPool:
         """Wait until every reward is up. Raises the ConfigError of one that cannot be made."""
         try:
-            self._outputs = [actors.__enter__().ask(lambda actor: actor.ready.remote(), [0])[0] for actors in self._pools]
+            self._outputs = [actors.__enter__().greetings[0] for actors in self._pools]
         except BaseException:
             self.close()
             raise
