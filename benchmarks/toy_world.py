@@ -121,6 +121,12 @@ def rewards(answers: Sequence[Sequence[int]]) -> Floats:
     return np.array(shares, np.float64).reshape(-1, len(ATTRIBUTES))
 
 
+def text_rewards(prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> dict[str, list[float]]:
+    """The same of texts, as a job's function reward."""
+    words = [text.split() for text in responses]
+    return {a: [sum(w.startswith(a) for w in ws) / max(1, len(ws)) for ws in words] for a in ATTRIBUTES}
+
+
 def favourite_words(messages: Sequence[Message]) -> dict[str, int]:
     """The prompt's favourite word of each class."""
     return {kind: words[i % len(words)] for (kind, words), i in zip(CLASSES.items(), _numbers_of(messages), strict=True)}

@@ -390,14 +390,25 @@ class KL(Frozen):
 
     coefficient: Annotated[float, Field(ge=0)] = 0.05
     """Weight in level units of reward per nat; 0 measures the KL without using it."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
+    estimator: Literal["k1", "k2", "k3"] = "k1"
     """Of the KL from samples: k1 = log ratio, k2 = its half square, k3 = unbiased and never negative."""
     place: Literal["reward", "loss"] = "reward"
-    """Taken from every token's reward, as in PPO for language models, or added to the loss, as in GRPO."""
+    """Taken from every token's reward, as in PPO for language models, or added to the loss, as in GRPO (k2 or k3)."""
     target: Annotated[float, Field(gt=0)] | None = None
     """Nats per response that an adaptive coefficient steers to; fixed when unset."""
     horizon: Annotated[int, Field(ge=1)] = 2000
     """Responses over which an adaptive coefficient follows its error."""
+
+    @model_validator(mode="after")
+    def _pulls_back(self) -> KL:
+        # A reward moves the policy by E[k grad logp]. With k3 that is grad KL(policy, reference) - grad KL(reference, policy):
+        # nothing near the reference, and away from it where the policy has sharpened. k1 in the loss gives E[grad logp] = 0.
+        if (self.place == "reward") != (self.estimator == "k1"):
+            raise ValueError(
+                f"kl: estimator={self.estimator} with place={self.place} does not pull the policy back; set estimator: k1 with "
+                "place: reward, or k2 or k3 with place: loss"
+            )
+        return self
 
 
 class Critic(Frozen):

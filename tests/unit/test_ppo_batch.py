@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from ctrlray import config
+from ctrlray.objectives import advantages as adv
 from ctrlray.train.ppo import batch as b
 
 
@@ -53,12 +54,30 @@ def test_leave_one_out_targets_by_hand():
 
 def test_kl_in_the_reward_is_charged_before_the_comparison():
     """k1 of 0.1 a token, coefficient 2: rewards -1 - 0.6, 0 - 0.2, -3 - 0.4, -0.5 - 0.4."""
-    ppo = config.PPO(whiten=False, kl=config.KL(estimator="k1", place="reward"))
+    ppo = config.PPO(whiten=False)
     scored = {"policy": torch.full((4, 3), -0.4), "reference": torch.full((4, 3), -0.5)}
     found = b.targets(ppo, rollouts(), scored, 2.0)
     assert found["advantage_NT"][:, 0].tolist() == pytest.approx([-1.4, 1.4, -2.5, 2.5])
-    loss = b.targets(ppo.model_copy(update={"kl": config.KL(estimator="k1", place="loss")}), rollouts(), scored, 2.0)
+    loss = b.targets(ppo.model_copy(update={"kl": config.KL(estimator="k2", place="loss")}), rollouts(), scored, 2.0)
     assert loss["advantage_NT"][:, 0].tolist() == pytest.approx([-1.0, 1.0, -2.5, 2.5])
+
+
+@pytest.mark.parametrize("estimator, place", [("k2", "reward"), ("k3", "reward"), ("k1", "loss")])
+def test_a_leash_that_does_not_pull_is_refused(estimator, place):
+    with pytest.raises(ValueError, match="does not pull"):
+        config.KL(estimator=estimator, place=place)
+
+
+@pytest.mark.parametrize("estimator, pull", [("k1", 1.0), ("k2", 0.0), ("k3", 0.0)])
+def test_near_the_reference_only_k1_pulls_as_a_reward(estimator, pull):
+    """E[k grad logp] over all tokens of a small vocabulary, as a share of the gradient of KL(policy || reference)."""
+    reference = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.double).log()
+    logits = (reference + 0.01 * torch.tensor([1.0, -2.0, 0.5, 0.5])).requires_grad_()
+    policy = logits.log_softmax(-1)
+    (wanted,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits, retain_graph=True)
+    charged = adv.kl_estimate(policy.detach(), reference, estimator)
+    (found,) = torch.autograd.grad((policy.detach().exp() * charged * policy).sum(), logits)
+    assert float(found @ wanted / wanted.square().sum()) == pytest.approx(pull, abs=0.03)
 
 
 def test_targets_of_a_critic_by_hand():
