@@ -561,8 +561,10 @@ class Train(Optimization):
 class Evaluate(Frozen):
     """The grid of dial settings on held-out prompts."""
 
-    methods: tuple[Literal["start", "prompting"], ...] = ("start", "prompting")
-    """Baselines beside the trained objectives."""
+    methods: tuple[Literal["start", "prompting", "reranking"], ...] = ("start", "prompting")
+    """Baselines beside the trained objectives; `reranking` takes the best of several answers by the start model."""
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Answers to a prompt that reranking chooses from, sampled as `generate.sampling` says, the same ones for every setting."""
     levels: tuple[tuple[int, ...], ...] | None = None
     """Requested levels per attribute; all levels when unset."""
     samples: Annotated[int, Field(ge=1)] = 1

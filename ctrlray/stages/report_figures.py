@@ -62,7 +62,7 @@ _STYLES = {
     "prompting": Style("#e08a00", "square", "\N{BLACK SQUARE}"),
     "exmate": Style("#2f7fc1", "triangle-up", "\N{BLACK UP-POINTING TRIANGLE}"),
     "clm": Style("#009e73", "diamond", "\N{BLACK DIAMOND}"),
-    "rerank": Style("#c765a0", "triangle-down", "\N{BLACK DOWN-POINTING TRIANGLE}"),
+    "reranking": Style("#c765a0", "triangle-down", "\N{BLACK DOWN-POINTING TRIANGLE}"),
     "ppo": Style("#d55e00", "star", "\N{BLACK STAR}"),
 }
 _MORE = (

@@ -376,7 +376,7 @@ def test_numbers_for_readers():
 def test_known_methods_keep_their_style():
     assert styles(["exmate", "new"])["exmate"] == styles(["start", "clm", "exmate"])["exmate"]
     assert (
-        len({s.color for s in styles(["start", "prompting", "exmate", "clm", "rerank", "ppo", "x", "y"]).values()}) == 8
+        len({s.color for s in styles(["start", "prompting", "exmate", "clm", "reranking", "ppo", "x", "y"]).values()}) == 8
     )
 
 
