@@ -9,7 +9,7 @@ import numpy as np
 from ctrlray import config, schema
 from ctrlray.distill import Levels
 from ctrlray.stages import evaluate
-from ctrlray.stages.journal import DIED
+from ctrlray.isolate import DIED
 from ctrlray.tables import Storage, from_rows
 
 JOB = config.parse(
