@@ -33,6 +33,8 @@ def job(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     changes = {
         "train.objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}, REINFORCED],
+        "evaluate.methods": ["start", "prompting", "reranking"],
+        "evaluate.candidates": 2,
         "train.workers": 2,
         "train.cpus_per_worker": 0.6,  # both beside an engine and a reward on two CPUs
         "train.zero_stage": 2,
@@ -80,10 +82,10 @@ def test_reinforcement_on_two_ranks_samples_while_it_trains(run):
 
 def test_grid_is_complete_and_start_ignores_the_dial(run):
     grid = run.out("evaluate").read_table("grid", schema.grid(["brevity", "variety"])).to_pylist()
-    methods = ("start", "prompting", "clm", "exmate", "ppo")
+    methods = ("start", "prompting", "reranking", "clm", "exmate", "ppo")
     assert len(grid) == 3 * 4 * len(methods)  # prompts x cells x methods
     versions = {m: {r["weights_version"] for r in grid if r["method"] == m} for m in methods}
-    assert versions == {"start": {0}, "prompting": {0}, "clm": {1}, "exmate": {2}, "ppo": {3}}
+    assert versions == {"start": {0}, "prompting": {0}, "reranking": {0}, "clm": {1}, "exmate": {2}, "ppo": {3}}
     metrics = run.out("evaluate").read_json("metrics.json")
     assert metrics["start"]["attributes"]["brevity"]["pairwise"]["value"] == 0.5
 
