@@ -8,8 +8,8 @@ import numpy as np
 
 from ctrlray import config, schema
 from ctrlray.distill import Levels
-from ctrlray.stages import evaluate
 from ctrlray.isolate import DIED
+from ctrlray.stages import evaluate
 from ctrlray.tables import Storage, from_rows
 
 JOB = config.parse(
