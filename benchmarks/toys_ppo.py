@@ -26,6 +26,7 @@ from benchmarks.toy_ppo_page import ESTIMATORS
 from benchmarks.toy_world import ToyWorld
 from benchmarks.toys import ENTANGLEMENT, SEEDS, VALIDATION_SEED, judged, write_page
 from ctrlray import config
+from ctrlray.quiet import quiet_libraries, quiet_transformers
 
 STEPS = 120
 SCRATCH_RATE, SCRATCH_SEEDS = 4e-3, range(3)
@@ -124,6 +125,8 @@ def _kl_figure(values: Sequence[float]) -> dict[str, Any]:
 def main() -> None:
     """Run, store, write the page."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    quiet_libraries()
+    quiet_transformers()
     torch.set_num_threads(1)
     results = run()
     print(store("toys_ppo", figures(results), **results))
