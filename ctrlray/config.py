@@ -451,7 +451,9 @@ class PPO(Frozen):
     whiten: bool = True
     """Give the advantages of a step mean 0 and variance 1 over its tokens; grpo scales by group already, so not there."""
     epochs: Annotated[int, Field(ge=1)] = 1
-    """Passes over a step's rollouts, each in optimizer steps of train.batch_size answers."""
+    """Passes over a step's rollouts."""
+    batch_size: Annotated[int, Field(ge=1)] = 64
+    """Answers per optimizer step. All of a step's rollouts in one pass: no ratio is ever off 1, and one forward pass is saved."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     clip: Annotated[float, Field(gt=0, lt=1)] = 0.2
     """Policy ratios beyond 1 ± this earn nothing more."""
@@ -481,6 +483,11 @@ class PPO(Frozen):
             raise ValueError(
                 f"sampling: temperature={s.temperature:g}, top_p={s.top_p:g}, min_p={s.min_p:g}, finish={s.finish} does not "
                 "sample the policy itself; set temperature above 0, top_p: 1, min_p: 0, finish: model"
+            )
+        if self.kl.target and self.rollouts_per_step >= 5 * self.kl.horizon:
+            raise ValueError(
+                f"kl.horizon={self.kl.horizon} is too short for {self.rollouts_per_step} rollouts a step: the coefficient would "
+                f"turn negative; set {self.rollouts_per_step // 5 + 1} or more"
             )
         if self.advantage != "gae" and self.group_size < 2:
             raise ValueError(f"group_size={self.group_size} leaves {self.advantage} nothing to compare; set 2 or more, or gae")
@@ -554,8 +561,10 @@ class Train(Optimization):
 class Evaluate(Frozen):
     """The grid of dial settings on held-out prompts."""
 
-    methods: tuple[Literal["start", "prompting"], ...] = ("start", "prompting")
-    """Baselines beside the trained objectives."""
+    methods: tuple[Literal["start", "prompting", "reranking"], ...] = ("start", "prompting")
+    """Baselines beside the trained objectives; `reranking` takes the best of several answers by the start model."""
+    candidates: Annotated[int, Field(ge=2)] = 8
+    """Answers to a prompt that reranking chooses from, sampled as `generate.sampling` says, the same ones for every setting."""
     levels: tuple[tuple[int, ...], ...] | None = None
     """Requested levels per attribute; all levels when unset."""
     samples: Annotated[int, Field(ge=1)] = 1

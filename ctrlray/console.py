@@ -53,8 +53,9 @@ class StageLine:
             self._speak(text, force=True)
 
     def measure(self, name: str, step: int, values: Mapping[str, float]) -> None:
-        """Say what an optimizer step measured: its loss, and the code gap where it was taken."""
+        """Say what an optimizer step measured: its loss and the code gap where it was taken, or reward and KL."""
         shown = {"loss": values.get("loss"), "held-out gap": values.get("valid_gap", self._gap)}
+        shown |= {"reward": values.get("reward"), "KL": values.get("kl")}
         self._gap = shown["held-out gap"]
         self._losses = "  ".join(f"{k} {v:.2f}" for k, v in shown.items() if v is not None)
 

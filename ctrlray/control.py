@@ -24,6 +24,8 @@ ZERO_WIDTH = "\u200b"
 _LEVEL_WORDS = ("very low", "low", "medium", "high", "very high")
 
 Levels = tuple[int, ...]
+MASKED_BY = 100.0
+"""What engines and trainers lower the logits of control tokens by, so that none is ever sampled; vLLM takes no more."""
 
 
 @dataclass(frozen=True)

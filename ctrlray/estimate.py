@@ -13,6 +13,8 @@ GENERATE_TOKENS = 200.0
 SCORE_ROWS = 10.0
 TRAIN_TOKENS = 250.0
 ENGINE_START_S = 30.0
+FORWARD_SHARE = 1 / 3
+"""Of a training pass that its forward half takes."""
 PROMPT_TOKENS = 60
 """Assumed length of a rendered prompt."""
 
@@ -24,6 +26,15 @@ class Estimate(NamedTuple):
     rows: int
     tokens: int
     minutes: float | None
+
+
+def _reinforced(ppo: config.PPO, scale: float) -> tuple[int, float]:
+    """Tokens trained on and seconds: sampling, a pass for the log-probs of policy and reference, and the update."""
+    rollouts = ppo.steps * ppo.rollouts_per_step
+    sampled = rollouts * ppo.sampling.max_tokens
+    trained = sampled + rollouts // (ppo.settings_per_prompt * ppo.group_size) * PROMPT_TOKENS
+    passes = ppo.epochs + FORWARD_SHARE * 2
+    return trained, ENGINE_START_S + (sampled / GENERATE_TOKENS + trained * passes / TRAIN_TOKENS) * scale + rollouts / SCORE_ROWS
 
 
 def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[Estimate]:
@@ -38,13 +49,18 @@ def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[
     examples = min(job.distill.max_examples, answers)
     branches = 1 + job.distill.counterfactuals
     length = PROMPT_TOKENS + branches * job.generate.sampling.max_tokens
-    trained = int(examples * length * job.train.epochs) * len(job.train.objectives)
+    likelihoods = [o for o in job.train.objectives if not isinstance(o, config.PPO)]
+    trained = int(examples * length * job.train.epochs) * len(likelihoods)
+    seconds = 30 + trained / TRAIN_TOKENS * scale
+    for ppo in (o for o in job.train.objectives if isinstance(o, config.PPO)):
+        tokens, took = _reinforced(ppo, scale)
+        trained, seconds = trained + tokens, seconds + took
     rows = [
         ("prompts", job.prompts.train + job.prompts.eval, 0, 1.0),
         ("generate", answers, sampled, ENGINE_START_S + sampled / GENERATE_TOKENS * scale),
         ("score", answers, 0, answers / SCORE_ROWS * scale),
         ("distill", examples, 0, 1.0),
-        ("train", examples, trained, 30 + trained / TRAIN_TOKENS * scale),
+        ("train", examples, trained, seconds),
         ("evaluate", graded, graded * job.evaluate.sampling.max_tokens, 0.0),
     ]
     rows[-1] = (*rows[-1][:3], ENGINE_START_S + rows[-1][2] / GENERATE_TOKENS * scale + graded / SCORE_ROWS * scale)

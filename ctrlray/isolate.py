@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 SPLIT = 8
 """A group that ended its process is cut into so many."""
-
-
+DIED = "process_died"
+"""Error of a row that ends processes."""
 LONE_DEATHS = 2
 """A row that was alone when its process ended is tried once more: a node that is taken away is no row's fault."""
 

@@ -90,6 +90,21 @@ def stuck_reward(prompts: list[Any], responses: list[str]) -> list[float]:
     return [float(len(r)) for r in responses]
 
 
+def short_reward(prompts: list[Any], responses: list[str]) -> list[float]:
+    """One number too few where an answer is `short`."""
+    scores = [float(len(r)) for r in responses]
+    return scores[1:] if "short" in responses else scores
+
+
+def lost_reward(prompts: list[Any], responses: list[str]) -> list[float]:
+    """Its server is gone when an answer is `lost`."""
+    from ctrlray.errors import ClusterError
+
+    if "lost" in responses:
+        raise ClusterError("no server at http://nowhere")
+    return [1.0] * len(responses)
+
+
 class StuckHost:
     """An engine host that starts and then never answers."""
 

@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ctrlray.adapter import check_homes, merged_tensors, tensor_names
 from ctrlray.config import EngineSettings, Sampling
+from ctrlray.control import MASKED_BY
+from ctrlray.engine.probes import Given, Probe, compare, in_network
 from ctrlray.errors import ClusterError, ConfigError
+
+if TYPE_CHECKING:  # recipes are made where torch is not needed
+    from torch import Tensor
 
 
 class Completion(NamedTuple):
@@ -27,6 +34,25 @@ class Completion(NamedTuple):
     """Nats; sum of the log-probs of all sampled tokens, those cut back included, before temperature and masks."""
     finish_reason: str
     """`stop`, `length`, or `sentence` for an answer cut back to its last complete sentence."""
+    logprobs: list[float]
+    """Nats, one per sampled token of `token_ids`: the end-of-turn token that a cut answer is given was not sampled.
+
+    Before temperature and masks, or after both where the engine's recipe has `processed_logprobs`; then so is `logprob_sum`.
+    """
+
+
+class Held(NamedTuple):
+    """The weights that an engine holds after an update."""
+
+    version: int
+    probes: dict[str, Probe]
+    merge_s: float
+    reload_s: float
+
+    @property
+    def checksums(self) -> dict[str, float]:
+        """What the engine itself holds, to compare with other engines."""
+        return {name: probe.found for name, probe in self.probes.items()}
 
 
 @dataclass(frozen=True)
@@ -43,12 +69,17 @@ class EngineSpec:
     """Token ids that are never sampled: the control tokens."""
     whole_machine: bool = True
     """The only engine of its node, so on CPU it may bind every core."""
+    processed_logprobs: bool = False
+    """Log-probs after temperature and masks, of the distribution that was sampled from, instead of the model's own."""
+    log_stats: bool = False
+    """Count what `Engine.cache_hits` tells."""
 
     def environment(self) -> dict[str, str]:
         """Variables that vLLM reads when it is imported; set in the actor's process before that."""
         common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
         if self.gpus:
-            return common
+            # the engine is a process of its own there, and is handed functions to load weights and to read them back
+            return common | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
         cores = sorted(os.sched_getaffinity(0))
         return common | {
             # in one process: the default spawns two more, and each imports vLLM again (48 s against 6 s)
@@ -73,7 +104,8 @@ class EngineSpec:
             "enable_prefix_caching": True,
             "enforce_eager": not (self.settings.compile if self.settings.compile is not None else self.gpus > 0),
             "seed": self.seed,
-            "disable_log_stats": True,
+            "disable_log_stats": not self.log_stats,
+            "logprobs_mode": "processed_logprobs" if self.processed_logprobs else "raw_logprobs",
             **placed,
         }
 
@@ -102,7 +134,7 @@ class Engine:
                 top_p=sampling.top_p if sampling.temperature else 1.0,
                 min_p=sampling.min_p if sampling.temperature else 0.0,
                 logprobs=0,
-                logit_bias=dict.fromkeys(self.spec.masked_ids, -100.0) or None,
+                logit_bias=dict.fromkeys(self.spec.masked_ids, -MASKED_BY) or None,
             )
             for limit in max_tokens or [sampling.max_tokens] * len(prompts)
         ]
@@ -120,29 +152,55 @@ class Engine:
             text = self.decode(answer.token_ids[:size])
             if ends_sentence(text):
                 ids = [*answer.token_ids[:size], int(tokenizer.eos_token_id)]
-                return Completion(text, ids, answer.logprob_sum, "sentence")
+                return Completion(text, ids, answer.logprob_sum, "sentence", answer.logprobs[:size])
         return answer
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of token ids, special tokens left out."""
         return str(self._llm.get_tokenizer().decode(list(token_ids), skip_special_tokens=True))
 
-    def load_weights(self, folder: str, version: int) -> None:
+    def load_weights(self, folder: str, version: int) -> Held:
         """Replace all weights by those of a safetensors folder, without a restart.
 
         Raises ConfigError unless the folder has exactly the names of the engine's own checkpoint: vLLM itself only warns.
         """
-        missing = tensor_names(self.spec.model) ^ tensor_names(folder)
-        if missing:
+        if missing := tensor_names(self.spec.model) ^ tensor_names(folder):
             raise ConfigError(f"weights in {folder} do not match the engine's: {sorted(missing)[:3]} on one side only")
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+        return self._replace(folder, {}, {"control_ids": self.spec.masked_ids}, version)
+
+    def load_adapter(self, adapter: Mapping[str, Tensor], card: Mapping[str, Any], version: int) -> Held:
+        """Replace all weights by the engine's own checkpoint with an adapter merged into it, without a restart.
+
+        Raises ConfigError when a tensor of the adapter has no home there.
+        """
+        check_homes(self.spec.model, adapter)
+        return self._replace(self.spec.model, adapter, card, version)
+
+    def _replace(self, folder: str, adapter: Mapping[str, Tensor], card: Mapping[str, Any], version: int) -> Held:
+        begun = time.perf_counter()
+        names = tensor_names(folder)
+        given = Given(folder, names, card["control_ids"])
+        load = partial(_reload, given=given, folder=folder, adapter=dict(adapter), card=dict(card), dtype=self.spec.dtype)
+        given = self._llm.collective_rpc(load)[0]
+        if unasked := names - given.seen:
+            raise ClusterError(f"the engine took no new weights for {sorted(unasked)[:3]}")
         if not self._llm.reset_prefix_cache():
             raise ClusterError("the engine kept cached prefixes of the old weights: requests were still running")
         self.weights_version = version
+        reload_s = time.perf_counter() - begun - given.seconds
+        probes = compare(given, self._llm.apply_model(partial(in_network, control_ids=tuple(card["control_ids"]))))
+        return Held(version, probes, given.seconds, reload_s)
 
-    def checksum(self) -> dict[str, float]:
-        """Sums of probe tensors, to compare engines that should hold the same weights."""
-        return dict(self._llm.apply_model(_probe)[0])
+    def cache_hits(self) -> tuple[int, int]:
+        """Prompt tokens that were looked up in the prefix cache since the start, and those found; 0 without `log_stats`."""
+        if not self.spec.log_stats:
+            return 0, 0
+        counts = {"vllm:prefix_cache_queries": 0, "vllm:prefix_cache_hits": 0}
+        for metric in self._llm.get_metrics():
+            if metric.name in counts:
+                counts[metric.name] += int(metric.value)
+        queried, hit = counts.values()
+        return queried, hit
 
 
 def ends_sentence(text: str) -> bool:
@@ -152,27 +210,15 @@ def ends_sentence(text: str) -> bool:
     return ended and not re.search(r"(^|[\s.])(\d+|[A-Za-z]|e\.g|i\.e|etc|Dr|Mr|Mrs|Ms|St|vs)\.$", tail)
 
 
-def tensor_names(folder: str) -> set[str]:
-    """Names of all tensors in a safetensors folder."""
-    from safetensors import safe_open
-
-    names: set[str] = set()
-    for file in Path(folder).glob("*.safetensors"):
-        with safe_open(file, framework="numpy") as tensors:
-            names |= set(tensors.keys())
-    return names
+def _reload(
+    worker: Any, given: Given, folder: str, adapter: Mapping[str, Tensor], card: Mapping[str, Any], dtype: str
+) -> Given:
+    """In vLLM's own worker: load a checkpoint with an adapter merged into it, a tensor at a time."""
+    worker.reload_weights(weights_iterator=given.watch(merged_tensors(folder, adapter, card, dtype)))
+    return given
 
 
 def _completion(sample: Any) -> Completion:
-    total = float(sample.cumulative_logprob or 0.0)
-    return Completion(sample.text, [int(t) for t in sample.token_ids], total, str(sample.finish_reason))
-
-
-def _probe(network: Any) -> dict[str, float]:
-    """First and last fused qkv, and the embedding: LoRA and control rows both show in these."""
-    chosen: dict[str, float] = {}
-    for name, value in network.named_parameters():
-        if "embed_tokens" in name or "qkv_proj" in name:
-            chosen[name] = float(value.double().sum())
-    names = sorted(chosen)
-    return {n: chosen[n] for n in {names[0], names[-1], *(n for n in names if "embed" in n)}} if names else {}
+    ids = [int(t) for t in sample.token_ids]
+    logprobs = [float(step[t].logprob) for t, step in zip(ids, sample.logprobs, strict=True)]
+    return Completion(sample.text, ids, float(sample.cumulative_logprob or 0.0), str(sample.finish_reason), logprobs)

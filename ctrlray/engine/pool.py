@@ -1,17 +1,22 @@
-"""A persistent pool of named engine actors: started once, kept across weight updates, shared by what runs in a run."""
+"""A persistent pool of named engine actors: started once, their weights replaced in place and proved, shared by a whole run."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from typing import Any
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
+from ctrlray.actors import ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
-from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.engine import Completion, Engine, EngineSpec, Held
 from ctrlray.errors import ClusterError
-from ctrlray.isolate import plan
+
+if TYPE_CHECKING:  # the pool hands tensors on and computes nothing
+    from torch import Tensor
 
 
 class EngineHost:
@@ -29,44 +34,76 @@ class EngineHost:
         """One answer per prompt."""
         return [samples[0] for samples in self._engine.generate(prompts, sampling)]
 
-    def load_weights(self, folder: str, version: int) -> tuple[int, dict[str, float]]:
-        """Swap weights; returns the version and checksums now in force."""
-        self._engine.load_weights(folder, version)
-        return self._engine.weights_version, self._engine.checksum()
+    def load_weights(self, folder: str, version: int) -> Held:
+        """Swap weights for a folder's; returns what is now in force."""
+        return self._engine.load_weights(folder, version)
+
+    def load_adapter(self, adapter: Mapping[str, Any], card: Mapping[str, Any], version: int) -> Held:
+        """Swap weights for the engine's own checkpoint with an adapter of NumPy arrays; returns what is now in force."""
+        import torch
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # arrays in Ray's store cannot be written to, and are only read
+            tensors = {name: torch.from_numpy(values) for name, values in adapter.items()}
+        return self._engine.load_adapter(tensors, card, version)
+
+    def cache_hits(self) -> tuple[int, int]:
+        """Prompt tokens looked up in the prefix cache, and those found."""
+        return self._engine.cache_hits()
+
+
+class Seconds(NamedTuple):
+    """What an update of the weights took: the slowest engine's merge and reload, and all of it as the caller waits for it."""
+
+    merge: float
+    reload: float
+    total: float
+
+
+class Sync(NamedTuple):
+    """An update of all engines' weights that was proved."""
+
+    version: int
+    seconds: Seconds
+    checksums: dict[str, float]
 
 
 class EnginePool:
-    """Engines `<name>-0`, `<name>-1`, ...; use as a context manager.
+    """Engines `<name>-0-0`, `<name>-1-0`, ...; use as a context manager.
 
     An engine that dies or raises is replaced, given the current weights, and its rows are tried again in eighths, until
-    the row that ends engines is alone and left out. `pool.max_restarts` bounds that.
+    the row that ends engines is alone and left out. `pool.max_restarts` bounds that. `batch_setting` is what messages
+    advise to lower.
     """
 
-    def __init__(self, spec: EngineSpec, pool: Pool, name: str, stall_timeout_s: float = 1800.0) -> None:
-        self._spec, self._pool, self._name = spec, pool, name
-        self._timeout_s = stall_timeout_s
-        self._restarts = 0
-        self._folder: str | None = None
-        self._engines = [self._start(i) for i in range(pool.max_size)]
+    def __init__(
+        self,
+        spec: EngineSpec,
+        pool: Pool,
+        name: str,
+        stall_timeout_s: float = 1800.0,
+        batch_setting: str = "evaluate.batch_size",
+    ) -> None:
+        self._name, self._timeout_s = name, stall_timeout_s
+        self._give: Callable[[Any], Any] | None = None
+        self._checksums: dict[str, float] = {}
         self.weights_version = 0
-
-    def _start(self, index: int) -> Any:
-        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus * self._spec.settings.tensor_parallel}
-        actor = ray.remote(EngineHost).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
-        return actor.remote(self._spec)
+        words = Words("engine", "an", "prompts", "generate.pool.max_restarts", batch_setting)
+        placed = pool.model_copy(update={"gpus": pool.gpus * spec.settings.tensor_parallel})
+        self._engines = ActorPool(EngineHost, (spec,), placed, name, words, stall_timeout_s, self._restore)
 
     def __enter__(self) -> EnginePool:
         """Wait until every engine is up."""
-        try:
-            self._await_start(self._engines)
-        except BaseException:
-            self.close()
-            raise
+        self._engines.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
         """Stop the engines."""
         self.close()
+
+    def close(self) -> None:
+        """Stop the engines' processes."""
+        self._engines.close()
 
     def generate(
         self,
@@ -79,95 +116,83 @@ class EnginePool:
 
         `progress(rows, tokens)` is called per batch. Raises ClusterError when engines end too often, or nothing comes.
         """
-        rows = list(range(len(prompts)))
-        waiting = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
         answers: list[Completion | None] = [None] * len(prompts)
-        idle = list(range(len(self._engines)))
-        running: dict[Any, tuple[list[int], int]] = {}
-        died: list[list[int]] = []
-        while waiting or running:
-            while waiting and idle:
-                batch, engine = waiting.pop(0), idle.pop()
-                ref = self._engines[engine].generate.remote([prompts[i] for i in batch], sampling)
-                running[ref] = (batch, engine)
-            done, _ = ray.wait(list(running), timeout=self._timeout_s)
-            if not done:
-                held = sum(len(b) for b, _ in running.values())
-                raise ClusterError(
-                    f"{self._name}: no engine finished a batch within {self._timeout_s:g} s; {held} prompts are in flight on "
-                    f"{len(running)} engines. Raise cluster.stall_timeout_s or lower evaluate.batch_size."
-                )
-            batch, engine = running.pop(done[0])
-            idle.append(engine)
-            try:
-                made = ray.get(done[0])
-            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                self._replace(engine, error)
-                died.append(batch)
-                waiting[:0] = plan(batch, died)[0]
-                continue
+
+        def keep(batch: list[int], made: list[Completion]) -> None:
             for i, completion in zip(batch, made, strict=True):
                 answers[i] = completion
             progress(len(batch), sum(len(c.token_ids) for c in made))
+
+        self._engines.run(len(prompts), batch_size, lambda e, rows: e.generate.remote([prompts[i] for i in rows], sampling), keep)
         return answers
 
-    def _replace(self, index: int, error: Exception) -> None:
-        """A new engine in a dead one's place, with the current weights."""
-        self._restarts += 1
-        if self._restarts > self._pool.max_restarts:
-            raise ClusterError(
-                f"{self._name}: engines ended {self._restarts} times, more than generate.pool.max_restarts="
-                f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
-            ) from error
-        ray.kill(self._engines[index])  # one that only raised is in an unknown state
-        self._engines[index] = self._start(index)
-        self._await_start([self._engines[index]])
-        if self._folder is not None:
-            self._loaded([self._engines[index].load_weights.remote(self._folder, self.weights_version)])
-
-    def _await_start(self, engines: Sequence[Any]) -> None:
-        waiting = [e.ready.remote() for e in engines]
-        try:
-            ray.get(waiting, timeout=self._timeout_s)
-        except ray.exceptions.GetTimeoutError as error:
-            late = len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[1])
-            raise ClusterError(
-                f"{self._name}: {late} of {len(waiting)} engines did not start within {self._timeout_s:g} s; each reserves "
-                f"{self._pool.cpus:g} CPUs and {self._pool.gpus * self._spec.settings.tensor_parallel:g} GPUs, and "
-                f"{ray.available_resources().get('CPU', 0):g} CPUs and {ray.available_resources().get('GPU', 0):g} GPUs are free"
-            ) from error
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-            raise ClusterError(f"{self._name}: an engine did not start: {last_line(error)}") from error
+    def hit_rate(self) -> float:
+        """Share of prompt tokens found in the prefix caches of the engines, each since its start; NaN when none was looked up."""
+        counts = [c for c in self._engines.ask(lambda engine: engine.cache_hits.remote()) if not isinstance(c, Exception)]
+        queried = sum(c[0] for c in counts)
+        return sum(c[1] for c in counts) / queried if queried else float("nan")
 
     def load_weights(self, folder: str) -> int:
-        """Swap the weights of every engine; stops the run when engines disagree. Returns the new version."""
+        """Swap the weights of every engine; stops the run when one cannot prove it. Returns the new version."""
         version = self.weights_version + 1
-        states = self._loaded([e.load_weights.remote(folder, version) for e in self._engines])
-        for i, state in enumerate(states):
-            if state != states[0] or state[0] != version:
-                raise ClusterError(f"engine {i} holds other weights than engine 0 after the update: {state} against {states[0]}")
-        self.weights_version, self._folder = version, folder
+        self._load(lambda engine: engine.load_weights.remote(folder, version), version)
         return version
 
-    def _loaded(self, answers: Sequence[Any]) -> list[Any]:
-        """What engines say after loading weights; ClusterError when one ends instead, or says nothing in time."""
-        try:
-            return list(ray.get(list(answers), timeout=self._timeout_s))
-        except ray.exceptions.GetTimeoutError as error:
+    def load_adapter(self, adapter: Mapping[str, Tensor], card: Mapping[str, Any], version: int) -> Sync:
+        """Give every engine the checkpoint it started from with an adapter merged into it, as `version`.
+
+        Raises ConfigError when a tensor of the adapter has no home there, ClusterError when an engine cannot prove that it
+        computes with the new weights. An engine that ended since its last work is replaced before.
+        """
+        begun = time.monotonic()
+        self._engines.heal()
+        arrays = ray.put({name: tensor.detach().float().cpu().numpy() for name, tensor in adapter.items()})
+        settings = dict(card)
+        held = self._load(lambda engine: engine.load_adapter.remote(arrays, settings, version), version)
+        slowest = max(held, key=lambda h: h.merge_s + h.reload_s)
+        return Sync(version, Seconds(slowest.merge_s, slowest.reload_s, time.monotonic() - begun), dict(self._checksums))
+
+    def _load(self, give: Callable[[Any], Any], version: int) -> list[Held]:
+        held = [self._proved(i, answer, version) for i, answer in enumerate(self._engines.ask(give))]
+        for i, other in enumerate(held):
+            self._agree(i, other, held[0].checksums)
+        self._give, self._checksums, self.weights_version = give, held[0].checksums, version
+        return held
+
+    def _restore(self, index: int) -> None:
+        """Give an engine that took another's place the weights in force."""
+        if self._give is None:
+            return
+        (answer,) = self._engines.ask(self._give, [index])
+        self._agree(index, self._proved(index, answer, self.weights_version), self._checksums)
+
+    def _proved(self, index: int, answer: Any, version: int) -> Held:
+        """What an engine says after an update, unless it does not hold what it was given."""
+        who = f"{self._name}: engine {index}"
+        if isinstance(answer, ray.exceptions.GetTimeoutError):
             raise ClusterError(
-                f"{self._name}: an engine did not load the weights within {self._timeout_s:g} s; raise cluster.stall_timeout_s "
-                "where the storage is only slow, and run the same command again"
-            ) from error
-        except ray.exceptions.RayActorError as error:
-            raise ClusterError(f"{self._name}: an engine ended while it loaded the weights: {last_line(error)}") from error
+                f"{who} did not load the weights within {self._timeout_s:g} s; raise cluster.stall_timeout_s where the storage "
+                "is only slow, and run the same command again"
+            ) from answer
+        if isinstance(answer, Exception):
+            raise ClusterError(f"{who} ended while it loaded the weights: {last_line(answer)}") from answer
+        held: Held = answer
+        if held.version != version:
+            raise ClusterError(f"{who} holds weights of version {held.version} after the update to {version}")
+        for name, probe in held.probes.items():
+            if not probe.holds:
+                raise ClusterError(
+                    f"{who} does not compute with the weights of version {version}: its {name} adds up to {probe.found!r}, "
+                    f"what it was given to {probe.expected!r}"
+                )
+        return held
 
-    def close(self) -> None:
-        """Stop the engines' processes."""
-        for engine in self._engines:
-            ray.kill(engine)
-        self._engines = []
-
-
-def last_line(error: Exception) -> str:
-    """What an error that came from another process says in the end: the exception there, below its traceback."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+    def _agree(self, index: int, held: Held, checksums: Mapping[str, float]) -> None:
+        """The same numbers go through the same operations everywhere, so equal weights have equal sums."""
+        if held.checksums == checksums:
+            return
+        odd = sorted(n for n in held.checksums.keys() | checksums.keys() if held.checksums.get(n) != checksums.get(n))
+        raise ClusterError(
+            f"{self._name}: engine {index} holds other weights than engine 0 after the update: its {odd[0]} adds up to "
+            f"{held.checksums.get(odd[0])!r}, that of engine 0 to {checksums.get(odd[0])!r}"
+        )

@@ -80,14 +80,14 @@ def _method(job: RewardTrainJob) -> FineTune:
 
 def _train(job: RewardTrainJob, method: FineTune, start: Path, work: Storage, key: str, progress: Progress) -> None:
     from ctrlray.rewards.learner import RewardTask, reward_loop
-    from ctrlray.train.launch import launch, waits_for, watched
+    from ctrlray.train.launch import Watch, launch, waits_for, watched
 
     dtype = models.pick_dtype(job.model.dtype, gpu=method.gpus_per_worker > 0)
     task = RewardTask(str(start), method, work, dtype, job.seed, job.model.trust_remote_code)
     progress.note(f"training {job.name}")
     patience = Patience("reward train", job.cluster.stall_timeout_s, partial(waits_for, work, method))
     run = partial(launch, reward_loop, {"task": task}, method, f"reward-{key}", work, what="reward train")
-    watched(job.name, run, work, progress, patience)
+    watched(run, Watch(job.name, work, progress), patience)
 
 
 def make_start(folder: Path, start: Path, job: RewardTrainJob, units: Units) -> None:
@@ -221,7 +221,7 @@ def _texts(labels: Labels) -> list[Any]:
 
 def _publish(start: Path, work: Storage, made: Path) -> None:
     """Merge what was learned into the start's weights, at the model's final place."""
-    from ctrlray.train.models import merge
+    from ctrlray.adapter import merge
 
     scratch = made.with_name(f".{made.name}.tmp-{os.getpid()}")
     merge(str(start), work.path("adapter"), str(scratch))

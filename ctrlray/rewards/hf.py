@@ -10,6 +10,7 @@ import numpy as np
 from ctrlray import config, models
 from ctrlray.errors import ConfigError
 from ctrlray.rewards.base import Floats
+from ctrlray.rewards.precise import widen_head
 from ctrlray.schema import Message
 
 UNITS = "ctrlray_units"
@@ -41,6 +42,7 @@ class HFScorer:
             .to(self._device)
             .eval()
         )
+        widen_head(self._model)
         if self._model.config.num_labels != len(self.attributes):
             raise ConfigError(
                 f"reward {reward.model!r} has {self._model.config.num_labels} outputs, the job file names {list(self.attributes)}"

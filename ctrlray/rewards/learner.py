@@ -20,6 +20,7 @@ from ctrlray.objectives.losses import Loss
 from ctrlray.objectives.reward import bradley_terry, regression
 from ctrlray.rewards.encode import pad
 from ctrlray.rewards.job import FineTune
+from ctrlray.rewards.precise import widen_head
 from ctrlray.tables import Storage
 from ctrlray.train.batches import planned_steps, shard
 
@@ -156,6 +157,7 @@ def load_network(task: RewardTask, device: str) -> RewardNetwork:
         task.start, dtype=torch.float32 if lora is None else compute, trust_remote_code=task.trust_remote_code
     )
     network.config.use_cache = False
+    widen_head(network)
     if lora is not None:
         blocks = network.base_model
         if blocks is network or not any(isinstance(m, nn.Linear) for m in blocks.modules()):
@@ -164,10 +166,6 @@ def load_network(task: RewardTask, device: str) -> RewardNetwork:
             )
         blocks.requires_grad_(False)
         add_lora(blocks, lora)
-        inside = {id(p) for p in blocks.parameters()}
-        for parameter in network.parameters():
-            if id(parameter) not in inside:
-                parameter.data = parameter.data.float()
     if task.settings.activation_checkpointing:
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     network.train()

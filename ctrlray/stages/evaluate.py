@@ -5,6 +5,7 @@ One engine start serves all methods: their weights are swapped in place, because
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,14 +18,16 @@ from ctrlray.control import ControlSpace, Levels, Renderer, with_system
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
+from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.metrics import evaluate_grid
 from ctrlray.stages.generate import consume
-from ctrlray.stages.journal import DIED
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
-UNCONTROLLED = "start"
+START, RERANKING = "start", "reranking"
+UNCONTROLLED = (START, RERANKING)
+"""Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
 
 
 class Question(NamedTuple):
@@ -46,8 +49,8 @@ def questions(
     space: ControlSpace,
     renderer: Renderer,
 ) -> list[Question]:
-    """All questions of one method. The start model knows no setting, so it answers each prompt once."""
-    asked = cells[:1] if method == UNCONTROLLED else cells
+    """All questions of one method. The start model knows no setting, so it is not asked once for each."""
+    asked = cells[:1] if method in UNCONTROLLED else cells
     return [
         Question(
             schema.digest(p["prompt_id"], method, list(cell), sample),
@@ -64,7 +67,7 @@ def questions(
 
 
 def _render(method: str, messages: Sequence[schema.Message], cell: Levels, space: ControlSpace, renderer: Renderer) -> list[int]:
-    if method == UNCONTROLLED:
+    if method in UNCONTROLLED:
         return renderer.render(messages)
     if method == "prompting":
         return renderer.render(with_system(messages, space.instruction(cell)))
@@ -89,7 +92,7 @@ def run(
     cells = space.cells(job.evaluate.levels)
     rows = sorted(prompts.to_pylist(), key=lambda p: p["prompt_id"])
     methods: list[str] = [*job.evaluate.methods, *(o.type for o in job.train.objectives)]
-    plan = {m: questions(m, rows, cells, job.evaluate.samples, space, renderer) for m in methods}
+    plan = {m: questions(m, rows, cells, _samples(m, job), space, renderer) for m in methods}
     progress.total(sum(map(len, plan.values())))
     _answer(plan, job, spec, weights, out, progress)
     answers = out.read_table("answers", _answers_schema(job)).to_pylist()
@@ -97,8 +100,14 @@ def run(
     grid, failed = _grid(answers, job, cells, scales, out)
     out.write_table(grid, "grid")
     out.write_json(evaluate_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "metrics.json")
-    tokens = sum(a["num_tokens"] for a in answers)
-    return StageResult(len(answers), len(answers) - sum(failed.values()), quarantined=failed, tokens=tokens)
+    spent = {m: sum(a["num_tokens"] for a in answers if a["method"] == m) for m in methods}
+    done = len(answers) - sum(failed.values())
+    return StageResult(len(answers), done, quarantined=failed, tokens=sum(spent.values()), facts={"tokens_spent": spent})
+
+
+def _samples(method: str, job: config.Job) -> int:
+    """Answers that a method gives to a prompt and setting; reranking's candidates serve all settings."""
+    return job.evaluate.candidates if method == RERANKING else job.evaluate.samples
 
 
 def _answers_schema(job: config.Job) -> pa.Schema:
@@ -129,14 +138,15 @@ def _answer(
                 pool.load_weights(folder)
             progress.note(method)
             asked = plan[method]
-            found = pool.generate([q.token_ids for q in asked], job.evaluate.sampling, job.evaluate.batch_size, progress.advance)
+            sampling = job.generate.sampling if method == RERANKING else job.evaluate.sampling
+            found = pool.generate([q.token_ids for q in asked], sampling, job.evaluate.batch_size, progress.advance)
             rows = [_row(q, c or _NO_ANSWER, pool.weights_version, job) for q, c in zip(asked, found, strict=True)]
             if bad := [_left_out(q) for q, c in zip(asked, found, strict=True) if c is None]:
                 out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
             out.write_table(from_rows(rows, _answers_schema(job)), "answers", f"method-{method}")
 
 
-_NO_ANSWER = Completion("", [], 0.0, DIED)
+_NO_ANSWER = Completion("", [], 0.0, DIED, [])
 
 
 def _left_out(question: Question) -> dict[str, str]:
@@ -213,12 +223,13 @@ def _grid(
 ) -> tuple[pa.Table, dict[str, int]]:
     """The scored grid, and how many answers have no score, by reason; NaN stands for theirs.
 
-    The start model's one answer stands in every cell.
+    The start model's answers stand in every cell, reranking's best one for the cell.
     """
     names = job_attributes(job)
     scored = {r["response_id"]: r for r in out.read_table("scores", schema.scores(names)).to_pylist()}
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
+    candidates: dict[str, list[dict[str, Any]]] = {}
     for answer in answers:
         died = answer["finish_reason"] == DIED
         found = None if died else scored.get(_text_id(answer))
@@ -228,8 +239,26 @@ def _grid(
             value = float("nan") if found is None else found[f"score_{name}"]
             units = float("nan") if found is None else float(scales[name].units(np.array([value]))[0])
             answer |= {f"score_{name}": value, f"units_{name}": units}
-        for cell in cells if answer["method"] == UNCONTROLLED else [None]:
-            where = dict(zip((f"requested_{n}" for n in names), cell, strict=True)) if cell else {}
-            suffix = {"grid_id": schema.digest(answer["grid_id"], list(cell))} if cell else {}
-            rows.append(answer | where | suffix)
+        if answer["method"] == RERANKING:
+            candidates.setdefault(answer["prompt_id"], []).append(answer)
+        else:
+            rows += [_placed(answer, cell, names) for cell in cells] if answer["method"] == START else [answer]
+    for found in candidates.values():
+        rows += [_placed(_nearest(found, cell, names), cell, names) | {"sample": 0} for cell in cells]
     return from_rows(sorted(rows, key=lambda r: r["grid_id"]), schema.grid(names)), count(failed)
+
+
+def _placed(answer: Mapping[str, Any], cell: Levels, names: Sequence[str]) -> dict[str, Any]:
+    """An answer that knows no setting, as the answer to one."""
+    asked = {f"requested_{n}": level for n, level in zip(names, cell, strict=True)}
+    return {**answer, **asked, "grid_id": schema.digest(answer["grid_id"], list(cell))}
+
+
+def _nearest(candidates: Sequence[dict[str, Any]], cell: Levels, names: Sequence[str]) -> dict[str, Any]:
+    """The candidate with the least sum of distances to the requested levels; the first of equals, a failed one last."""
+
+    def distance(answer: Mapping[str, Any]) -> tuple[float, int]:
+        far = sum(abs(answer[f"units_{n}"] - level) for n, level in zip(names, cell, strict=True))
+        return (far if math.isfinite(far) else math.inf), answer["sample"]
+
+    return min(candidates, key=distance)

@@ -19,13 +19,14 @@ import pyarrow.parquet as pq
 import ray.data
 
 from ctrlray import config, schema
+from ctrlray.actors import last_line
 from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
-from ctrlray.engine.pool import last_line
 from ctrlray.errors import ClusterError
+from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
-from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
+from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
 

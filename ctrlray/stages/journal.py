@@ -22,8 +22,6 @@ from ctrlray.tables import Storage
 T = TypeVar("T")
 IN_FLIGHT = "in_flight"
 """Folder of the notes beside a stage's tables."""
-DIED = "process_died"
-"""Error under which such rows are quarantined."""
 
 
 class Journal:

@@ -104,7 +104,11 @@ def _context(data: ReportData) -> dict[str, Any]:
         "unbalanced": [str(s.get("stage")) for s in data.ledger if tables.unaccounted(s)],
         "total_seconds": tables.total_seconds(data.ledger),
         "cells": _cells(names, levels, data),
-        "curves": figures.curve_figures(data.curves, look),
+        "curves": [
+            *figures.curve_figures(data.curves, look),
+            *figures.achieved_figures(names, data.curves),
+            *figures.phase_figures(data.curves),
+        ],
         "overview": tables.overview_table(data.metrics, data.code_gaps) if data.metrics or data.code_gaps else None,
         "responses": figures.response_figures(names, levels, data.metrics, look),
         "level_tables": [tables.level_table(n, data.metrics) for n in names] if data.metrics else [],

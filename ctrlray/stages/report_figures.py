@@ -28,7 +28,24 @@ CURVES = {
     "leak": ("Leak: likelihood under a wrong code", "0 to 1, lower is better"),
     "grad_norm": ("Gradient norm", "before clipping"),
     "lr": ("Learning rate", "of the adapters"),
+    "reward": ("Reward", "level units; 0 is every requested level reached"),
+    "kl": ("KL to the model it started from", "nats per response, same code"),
+    "kl_base": ("KL to that model without a code", "nats per response"),
+    "next_kl_coefficient": ("KL coefficient", "level units per nat"),
+    "entropy": ("Entropy", "nats per token"),
+    "length": ("Length of answers", "tokens"),
+    "truncated": ("Answers cut off", "share of the rollouts"),
+    "clip_fraction": ("Clipped tokens", "share"),
+    "ratio_spread": ("Spread of the policy ratio", "standard deviation over tokens"),
+    "explained_variance": ("Explained variance of the critic", "1 is perfect, 0 is none"),
+    "mismatch": ("Trainer against engine", "mean difference of log-probs, nats per token"),
+    "importance": ("Importance weight", "mean over tokens"),
+    "staleness": ("Staleness of the rollouts", "versions of the weights"),
+    "prefix_hit_rate": ("Prefix cache", "share of prompt tokens found in it"),
 }
+PHASES = ("generate", "score", "sync", "measure", "forward", "backward", "optimizer", "publish")
+"""Seconds of a step of reinforcement learning, in the order in which they pass; curves call them `<phase>_s`."""
+_LEVEL_COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#d9c21e", "#e08a00", "#d55e00")
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,7 @@ _STYLES = {
     "prompting": Style("#e08a00", "square", "\N{BLACK SQUARE}"),
     "exmate": Style("#2f7fc1", "triangle-up", "\N{BLACK UP-POINTING TRIANGLE}"),
     "clm": Style("#009e73", "diamond", "\N{BLACK DIAMOND}"),
-    "rerank": Style("#c765a0", "triangle-down", "\N{BLACK DOWN-POINTING TRIANGLE}"),
+    "reranking": Style("#c765a0", "triangle-down", "\N{BLACK DOWN-POINTING TRIANGLE}"),
     "ppo": Style("#d55e00", "star", "\N{BLACK STAR}"),
 }
 _MORE = (
@@ -82,7 +99,7 @@ def _figure(title: str, alt: str, traces: Sequence[Any], height: int, *, note: s
         margin={"l": 52, "r": 14, "t": 10, "b": 46},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
-        showlegend=False,
+        showlegend=layout.pop("showlegend", False),
         dragmode=False,
         hovermode="closest",
         font={"family": "system-ui, sans-serif", "size": 13, "color": "#808080"},
@@ -187,10 +204,57 @@ def curve_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mappi
     return figures
 
 
+def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
+    """Per attribute: what answers reached by the level that they were asked for, along reinforcement learning."""
+    figures = []
+    for name in attributes:
+        for method, points in curves.items():
+            start = f"achieved_{name}_"
+            levels = sorted({int(k.removeprefix(start)) for p in points for k in p if k.startswith(start)})
+            if not levels:
+                continue
+            traces, shapes, words = [], [], []
+            for i, level in enumerate(levels):
+                color = _LEVEL_COLORS[round(i * 9 / max(1, len(levels) - 1))]
+                kept = [(p["step"], p[f"{start}{level}"]) for p in points if is_number(p.get(f"{start}{level}"))]
+                traces.append(_curve(f"level {level}", kept, Style(color, "circle", "")))
+                dotted = {"dash": "dot", "width": 1, "color": color}
+                shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": dotted})
+                words.append(f"level {level} from {kept[0][1]:.2f} to {kept[-1][1]:.2f}")
+            more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("level units"), "shapes": shapes}
+            title = f"{name} reached by level asked for, {method}"
+            alt = f"{title}: {'; '.join(words)}."
+            figures.append(_figure(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
+    return figures
+
+
+def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
+    """Where the seconds of reinforcement learning go, step by step."""
+    figures = []
+    for method, points in curves.items():
+        if not any(is_number(p.get("generate_s")) for p in points):
+            continue
+        traces, words = [], []
+        for i, phase in enumerate(PHASES):
+            values = [p.get(f"{phase}_s", 0.0) for p in points]
+            words.append(f"{phase} {sum(values) / len(values):.2f} s")
+            color = _LEVEL_COLORS[(i * 7) % 10]
+            traces.append(go.Bar(x=[p["step"] for p in points], y=values, name=phase, marker={"color": color}))
+        title = f"Seconds of a step, {method}"
+        alt = f"{title}, means: {', '.join(words)}."
+        more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("seconds"), "barmode": "stack"}
+        figures.append(_figure(title, alt, traces, 280, **more, showlegend=True))
+    return figures
+
+
+def _axis(title: str) -> dict[str, Any]:
+    return {"title": {"text": title}}
+
+
 def _curve_axis(key: str) -> dict[str, Any]:
-    return (
-        {"exponentformat": "power"} if key == "lr" else {"rangemode": "tozero"} if key in ("valid_gap", "leak") else {}
-    )
+    if key == "lr":
+        return {"exponentformat": "power"}
+    return {"rangemode": "tozero"} if key in ("valid_gap", "leak", "truncated", "staleness") else {}
 
 
 def _zero_line() -> list[dict[str, Any]]:

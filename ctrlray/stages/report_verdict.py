@@ -9,7 +9,7 @@ from typing import Any
 
 from ctrlray.stages.report_tables import interval, number, outside, percent, unaccounted
 
-BASELINES = frozenset({"start", "prompting", "rerank", "reranking"})
+BASELINES = frozenset({"start", "prompting", "reranking"})
 FEW_PROMPTS = 50
 
 ADVICE = {

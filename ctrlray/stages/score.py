@@ -5,7 +5,6 @@ The same actors score a finished table, a stream behind generation, and the eval
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,15 +14,17 @@ import pyarrow as pa
 import ray.data
 
 from ctrlray import config, schema
-from ctrlray.errors import ClusterError, ConfigError, CtrlRayError
+from ctrlray.errors import CtrlRayError
+from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
 from ctrlray.placement import WRITE_CPUS
 from ctrlray.rewards.base import Scorer
 from ctrlray.rewards.registry import build
+from ctrlray.rewards.rows import by_length, died, score_rows, yield_to_engines
 from ctrlray.schema import Message
 from ctrlray.stages.generate import actor_options, consume, patience
-from ctrlray.stages.journal import DIED, IN_FLIGHT, Journal
+from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
 TRUNCATED = "truncated"
@@ -35,7 +36,7 @@ class ScoreBatch:
     """Ray Data actor: adds the outputs of one reward to a batch of (response_id, prompt_id, text)."""
 
     def __init__(self, reward: config.Reward, conversations: Any, keep_truncated: bool, journal: Journal) -> None:
-        _yield_to_engines()
+        yield_to_engines()
         self._journal = journal
         self._keep_truncated = keep_truncated
         self._refusal: CtrlRayError | None = None
@@ -53,8 +54,7 @@ class ScoreBatch:
         parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)))
         if killers or not parts:
             left_out = batch.take(pa.array(list(killers), pa.int64()))
-            said = [f"{DIED}: alone with it the reward's process ended: {words}" for words in killers.values()]
-            parts.append(self._with_columns(left_out, {}, said))
+            parts.append(self._with_columns(left_out, {}, [died(words) for words in killers.values()]))
         return pa.concat_tables(parts)
 
     def _score(self, batch: pa.Table) -> pa.Table:
@@ -121,36 +121,6 @@ class WriteScores:
         return batch.select([c for c in ("response_id", "token_ids") if c in batch.column_names])
 
 
-def score_rows(scorer: Scorer, chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Scores by output and one error per row (empty when fine). A batch that raises is tried row by row."""
-    columns = {name: np.full(len(texts), np.nan, np.float32) for name in scorer.attributes}
-    errors = [""] * len(texts)
-    try:
-        _fill(columns, scorer(chats, texts), slice(None), len(texts))
-    except (ConfigError, ClusterError):  # no row's fault: a wrong token, a server that is not there
-        raise
-    except Exception as whole:
-        for i in range(len(texts)):
-            try:
-                _fill(columns, scorer([chats[i]], [texts[i]]), slice(i, i + 1), 1)
-            except (ConfigError, ClusterError):
-                raise
-            except Exception as error:
-                errors[i] = f"{type(error).__name__}: {error or whole}"
-    for name, values in columns.items():
-        for i in np.flatnonzero(~np.isfinite(values)):
-            errors[i] = errors[i] or f"not_finite: {name} is {values[i]}"
-    return columns, errors
-
-
-def _fill(columns: dict[str, Any], given: Mapping[str, Any], rows: slice, size: int) -> None:
-    for name, column in columns.items():
-        values = np.asarray(given[name], np.float32)
-        if values.shape != (size,):
-            raise ValueError(f"wrong_length: reward output {name!r} has shape {values.shape}, expected ({size},)")
-        column[rows] = values
-
-
 def journals(job: config.Job, out: Storage) -> list[Journal]:
     """The notes of what each reward's actors are working on."""
     return [Journal(out.sub(IN_FLIGHT, str(i))) for i in range(len(job.rewards))]
@@ -215,8 +185,7 @@ def score_answers(
     An error is empty where all is well. `notes` is a folder for notes of what is in flight.
     """
     chats = {schema.prompt_id(chat): list(chat) for chat, _ in answers}
-    # neighbours in length share a batch and so waste little padding
-    order = sorted(range(len(answers)), key=lambda i: sum(len(m["content"]) for m in answers[i][0]) + len(answers[i][1]))
+    order = by_length([chat for chat, _ in answers], [text for _, text in answers])
     table = pa.table(
         {
             "response_id": pa.array([str(i) for i in order], pa.string()),
@@ -273,9 +242,3 @@ def _accounts(
     truncated = responses.num_rows - finished.num_rows
     dropped = {"truncated": truncated} if truncated else {}
     return StageResult(responses.num_rows, len(scored), dropped, dict(Counter(failed.values())), facts=facts)
-
-
-def _yield_to_engines() -> None:
-    """On CPU a reward actor takes what the engine beside it leaves: two busy thread pools halve each other and worse."""
-    if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        os.nice(10)

@@ -52,10 +52,10 @@ def launch(
 
 
 class Watch:
-    """Reads the notes that rank 0 leaves of its steps and passes them on."""
+    """Reads the notes that rank 0 leaves of its steps and passes them on; `before` steps of other trainings count as done."""
 
-    def __init__(self, name: str, place: Storage, progress: Progress) -> None:
-        self._name, self._place, self._progress = name, place, progress
+    def __init__(self, name: str, place: Storage, progress: Progress, before: int = 0) -> None:
+        self._name, self._place, self._progress, self._before = name, place, progress, before
         self.seen = 0
         """Steps noted so far; fewer than before when a failed worker went back to its checkpoint."""
 
@@ -64,7 +64,7 @@ class Watch:
         if not self._place.exists("progress.json"):
             return
         now = self._place.read_json("progress.json")
-        self._progress.total(now["steps"])
+        self._progress.total(self._before + now["steps"])
         if now["step"] == self.seen:
             return
         for point in now["recent"]:
@@ -74,9 +74,9 @@ class Watch:
         self.seen = now["step"]
 
 
-def watched(name: str, call: Callable[[], None], place: Storage, progress: Progress, patience: Patience) -> None:
+def watched(call: Callable[[], None], watch: Watch, patience: Patience) -> None:
     """Run `call` beside a watch on its steps: `fit` itself blocks, Ctrl-C included, until the end."""
-    running, watch = Background(call), Watch(name, place, progress)
+    running = Background(call)
     seen, moved, over = 0, time.monotonic(), False
     while not over:
         over = running.over(_POLL_S)  # the last steps are read after the end

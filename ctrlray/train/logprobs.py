@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ctrlray.control import MASKED_BY
 from ctrlray.errors import ConfigError
 from ctrlray.placement import LOGITS_AT_ONCE
 
@@ -26,6 +27,8 @@ class Head(NamedTuple):
     scale: float
     cap: float | None
     temperature: float = 1.0
+    masked: tuple[int, int] = (0, 0)
+    """Ids from the first up to the second are never sampled: the control tokens, whose logits engines lower by as much."""
 
     @classmethod
     def of(cls, network: Any) -> Head:
@@ -49,9 +52,11 @@ class Head(NamedTuple):
             )
 
     def shaped(self, raw: Tensor) -> Tensor:
-        """What the family does to raw logits, and the temperature of sampling."""
+        """What the family does to raw logits, which may be changed in place, then the mask and temperature of sampling."""
         scaled = raw * self.scale if self.scale != 1.0 else raw
         capped = torch.tanh(scaled / self.cap) * self.cap if self.cap else scaled
+        if self.masked[1]:
+            capped[..., slice(*self.masked)] -= MASKED_BY
         return capped / self.temperature if self.temperature != 1.0 else capped
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,6 @@ from ctrlray.objectives.losses import Loss, clm, exmate, sequence_mean
 from ctrlray.train.attention import MULTIPLES, TreePath, choose_path, run_packed
 from ctrlray.train.batches import Batch, TreeRow, collate
 from ctrlray.train.logprobs import Head, target_logp
-
-ADAPTER = "adapter.safetensors"
-ADAPTER_CARD = "adapter.json"
 
 
 class ControlRows(nn.Module):
@@ -220,12 +215,9 @@ def parameter_groups(learner: Learner, settings: config.Train) -> list[dict[str,
 
 
 def trained_state(
-    learner: Learner, lora: config.LoRA | None, control_ids: Sequence[int]
+    learner: Reader, lora: config.LoRA | None, control_ids: Sequence[int]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What training changed, by checkpoint name, and the card that says how to merge it.
-
-    LoRA: `<weight name>.lora_A` [rank, in], `.lora_B` [out, rank] and `<embedding name>.rows`. Full: the tensors themselves.
-    """
+    """What training changed, by checkpoint name, and the card that says how to merge it: see `ctrlray.adapter`."""
     state = {}
     for name, parameter in learner.network.named_parameters():
         if not parameter.requires_grad or ".critic." in name:
@@ -234,46 +226,3 @@ def trained_state(
         state[clean] = parameter.detach().float().cpu().contiguous()
     scale = lora.alpha / lora.rank if lora else 0.0
     return state, {"lora_scale": scale, "control_ids": list(control_ids)}
-
-
-def merge(base: str, adapter: str, out: str, dtype: str | None = None) -> None:
-    """Write the base folder with an adapter folder merged into its weights. Shard by shard, without building the network.
-
-    W' = W + (alpha / rank) B A for adapted weights (arXiv 2106.09685 eq. 3); control rows and full tensors are replaced.
-    """
-    import shutil
-
-    from safetensors import safe_open
-    from safetensors.torch import load_file, save_file
-
-    changes = load_file(Path(adapter) / ADAPTER)
-    card = json.loads((Path(adapter) / ADAPTER_CARD).read_text())
-    target = Path(out)
-    target.mkdir(parents=True, exist_ok=True)
-    used: set[str] = set()
-    for file in sorted(Path(base).iterdir()):
-        if file.suffix != ".safetensors":
-            shutil.copyfile(file, target / file.name)
-            continue
-        with safe_open(file, framework="pt") as source:
-            tensors = {n: _merged(n, source.get_tensor(n), changes, card, used) for n in source.keys()}  # noqa: SIM118
-            meta = source.metadata()
-        if dtype:
-            tensors = {n: t.to(getattr(torch, dtype)) for n, t in tensors.items()}
-        save_file(tensors, target / file.name, metadata=meta or {"format": "pt"})
-    if used != set(changes):
-        raise ValueError(f"adapter tensors without a home in {base}: {sorted(set(changes) - used)[:3]}")
-
-
-def _merged(name: str, value: Tensor, changes: dict[str, Tensor], card: dict[str, Any], used: set[str]) -> Tensor:
-    keys = {k: f"{name}.{k}" for k in ("lora_A", "lora_B", "rows")}
-    used |= {k for k in (name, *keys.values()) if k in changes}
-    if name in changes:
-        return changes[name].to(value.dtype)
-    if keys["lora_A"] in changes:
-        update = changes[keys["lora_B"]] @ changes[keys["lora_A"]]
-        value = (value.float() + card["lora_scale"] * update).to(value.dtype)
-    if keys["rows"] in changes:
-        value = value.clone()
-        value[card["control_ids"]] = changes[keys["rows"]].to(value.dtype)
-    return value

@@ -24,7 +24,7 @@ from ctrlray.patience import Patience
 from ctrlray.placement import CONTROLLER_CPUS
 from ctrlray.schema import digest
 from ctrlray.tables import Storage
-from ctrlray.train.launch import launch, waits_for, watched
+from ctrlray.train.launch import Watch, launch, waits_for, watched
 from ctrlray.train.ppo import drive as ppo
 from ctrlray.train.ppo.loop import PPOTask
 from ctrlray.train.worker import TrainTask, train_loop, valid_and_train_counts
@@ -55,17 +55,18 @@ def run(
     if not train:
         raise DataError("train: no training examples; lower distill.outer or add prompts or samples")
     progress.total(0)
-    tokens = 0
+    tokens, before = 0, 0
     facts: dict[str, Any] = {"workers": job.train.workers, "zero_stage": job.train.zero_stage}
     for objective in job.train.objectives:
         place = out.sub(objective.type)
         name = f"{objective.type}-{digest(key, objective.model_dump())}"
         if not place.exists("done.json"):
             if isinstance(objective, config.PPO):
-                _reinforce(objective, job, base, reinforcement, place, key, name, out, progress)
+                _reinforce(objective, job, base, reinforcement, place, key, name, out, progress, before)
             else:
-                _learn(objective, job, base, source, place, key, name, out, progress)
+                _learn(objective, job, base, source, place, key, name, out, progress, before)
         curves = place.read_json("curves.json")
+        before += len(curves)
         tokens += int(sum(p["tokens"] for p in curves))
         facts[objective.type] = {
             "steps": len(curves),
@@ -91,6 +92,7 @@ def _learn(
     name: str,
     out: Storage,
     progress: Progress,
+    before: int,
 ) -> None:
     progress.note(f"training {objective.type}")
     task = TrainTask(
@@ -106,7 +108,7 @@ def _learn(
     )
     patience = Patience("train", job.cluster.stall_timeout_s, partial(waits_for, place, job.train))
     fit = partial(launch, train_loop, {"task": task}, job.train, name, out, what=f"train: {objective.type}")
-    watched(objective.type, fit, place, progress, patience)
+    watched(fit, Watch(objective.type, place, progress, before), patience)
 
 
 def _reinforce(
@@ -119,6 +121,7 @@ def _reinforce(
     name: str,
     out: Storage,
     progress: Progress,
+    before: int,
 ) -> None:
     folder = given.start(objective)
     renderer = base.renderer(ControlSpace.of(job.control))
@@ -136,11 +139,11 @@ def _reinforce(
         timeout_s=job.cluster.stall_timeout_s,
     )
     spec = replace(given.spec, model=folder, processed_logprobs=True, log_stats=True)
-    ppo.train(task, job, spec, given.prompts, given.scales, renderer, name, out, progress)
+    ppo.train(task, job, spec, given.prompts, given.scales, renderer, name, out, progress, before)
 
 
 def _merge_task(base: str, adapter: Storage, out: str, dtype: str | None) -> str:
-    from ctrlray.train.models import merge
+    from ctrlray.adapter import merge
 
     with tempfile.TemporaryDirectory() as scratch:
         for name in adapter.names():

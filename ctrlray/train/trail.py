@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ctrlray import config
+from ctrlray.adapter import ADAPTER, ADAPTER_CARD
 from ctrlray.tables import Storage
 from ctrlray.train.engine import Trainer
 
@@ -17,7 +18,10 @@ _RECENT_STEPS = 100
 
 
 class Trail:
-    """One rank's; every rank keeps one and calls it alike, rank 0 writes."""
+    """One rank's; every rank keeps one and calls it alike, rank 0 writes.
+
+    A step is one of the loop's; where it makes several optimizer steps its point says so in `updates`.
+    """
 
     def __init__(self, trainer: Trainer, out: Storage, rank: int, num_steps: int) -> None:
         self._trainer, self._out, self._rank, self._num_steps = trainer, out, rank, num_steps
@@ -33,8 +37,9 @@ class Trail:
             return 0
         with checkpoint.as_directory() as folder:
             note = json.loads((Path(folder) / "progress.json").read_text())
-            self._trainer.restore(load_file(Path(folder) / SNAPSHOT), int(note["step"]))
-        self.curves = note["curves"]
+            self.curves = note["curves"]
+            updates = sum(int(p.get("updates", 1)) for p in self.curves)
+            self._trainer.restore(load_file(Path(folder) / SNAPSHOT), updates)
         return int(note["step"])
 
     def add(self, point: dict[str, float]) -> None:
@@ -62,7 +67,7 @@ class Trail:
         """Write `adapter` and `curves.json`; whether this rank is the one that did."""
         from safetensors.torch import save
 
-        from ctrlray.train.models import ADAPTER, ADAPTER_CARD, trained_state
+        from ctrlray.train.models import trained_state
 
         with self._trainer.gathered() as network:
             if self._rank != 0:

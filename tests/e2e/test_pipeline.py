@@ -15,12 +15,28 @@ from tests.e2e.tiny_job import tiny_job
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
+REINFORCED = {
+    "type": "ppo",
+    "start": "exmate",
+    "steps": 3,
+    "prompts_per_step": 2,
+    "group_size": 2,
+    "batch_size": 8,
+    "max_staleness": 1,
+    "learning_rate": 1e-3,
+    "sampling": {"max_tokens": 12, "temperature": 1.0, "min_p": 0},
+}
+
+
 @pytest.fixture(scope="module")
 def job(tiny, tmp_path_factory):
     root = tmp_path_factory.mktemp("run")
     changes = {
-        "train.objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}],
+        "train.objectives": [{"type": "clm"}, {"type": "exmate", "weight": 1.0}, REINFORCED],
+        "evaluate.methods": ["start", "prompting", "reranking"],
+        "evaluate.candidates": 2,
         "train.workers": 2,
+        "train.cpus_per_worker": 0.6,  # both beside an engine and a reward on two CPUs
         "train.zero_stage": 2,
         "export": {"levels": {"variety": [2, 2]}, "defaults": {"brevity": 1}, "dtype": "float32"},
     }
@@ -52,11 +68,24 @@ def test_both_objectives_trained_on_two_ranks(run):
         assert gaps.num_rows and set(gaps["method"].to_pylist()) == {method}
 
 
+def test_reinforcement_on_two_ranks_samples_while_it_trains(run):
+    """ZeRO-2 and one step of staleness: rollouts of step k (from 0) come from version k - 1 or k."""
+    place = run.out("train").sub("ppo")
+    rows = place.read_table("rollouts", schema.rollouts(["brevity", "variety"])).to_pylist()
+    versions = {r["step"]: r["weights_version"] for r in rows}
+    assert versions[0] == 0 and all(step - 1 <= version <= step for step, version in versions.items())
+    curve = place.read_json("curves.json")
+    assert [p["used"] for p in curve] == [8, 8, 8]
+    assert [p["staleness"] for p in curve] == [step - versions[step] for step in range(3)]
+    assert curve[0]["mismatch"] < 1e-3 and curve[-1]["kl"] > 1e-4
+
+
 def test_grid_is_complete_and_start_ignores_the_dial(run):
     grid = run.out("evaluate").read_table("grid", schema.grid(["brevity", "variety"])).to_pylist()
-    assert len(grid) == 3 * 4 * 4  # prompts x cells x (start, prompting, clm, exmate)
-    versions = {m: {r["weights_version"] for r in grid if r["method"] == m} for m in ("start", "prompting", "clm", "exmate")}
-    assert versions == {"start": {0}, "prompting": {0}, "clm": {1}, "exmate": {2}}
+    methods = ("start", "prompting", "reranking", "clm", "exmate", "ppo")
+    assert len(grid) == 3 * 4 * len(methods)  # prompts x cells x methods
+    versions = {m: {r["weights_version"] for r in grid if r["method"] == m} for m in methods}
+    assert versions == {"start": {0}, "prompting": {0}, "reranking": {0}, "clm": {1}, "exmate": {2}, "ppo": {3}}
     metrics = run.out("evaluate").read_json("metrics.json")
     assert metrics["start"]["attributes"]["brevity"]["pairwise"]["value"] == 0.5
 

@@ -79,7 +79,7 @@ def test_training_that_takes_no_step(local_ray, tmp_path):
     job = config.Train(workers=3)
     patience = Patience("train", 2.0, lambda: launch.waits_for(place, job))
     with pytest.raises(ClusterError, match="train: nothing finished for 2 s; it waits for 3 workers with 1 CPUs and 0 GPUs each"):
-        launch.watched("exmate", lambda: time.sleep(60), place, Silent(), patience)
+        launch.watched(lambda: time.sleep(60), launch.Watch("exmate", place, Silent()), patience)
     place.write_json({"step": 4, "steps": 9, "recent": []}, "progress.json")
     with pytest.raises(ClusterError, match="it waits for step 5 of 9"):
-        launch.watched("exmate", lambda: time.sleep(60), place, Silent(), patience)
+        launch.watched(lambda: time.sleep(60), launch.Watch("exmate", place, Silent()), patience)

@@ -32,9 +32,9 @@ class FakeEngine:
 
     def generate(self, prompts, sampling, max_tokens):
         time.sleep(0.5)
-        return [
-            [Completion(f"answer {len(p)} {i}", [1, 2, 3], -1.0, "stop" if i % 5 else "length")] for i, p in enumerate(prompts)
-        ]
+        ends = ["stop" if i % 5 else "length" for i in range(len(prompts))]
+        texts = [f"answer {len(p)} {i}" for i, p in enumerate(prompts)]
+        return [[Completion(text, [1, 2, 3], -1.0, end, [])] for text, end in zip(texts, ends, strict=True)]
 
     def decode(self, ids):
         return "Sorry."

@@ -76,6 +76,15 @@ def test_nothing_is_set_below_a_plain_value_in_a_list(assignment, message):
         config.load_job("smoke", ["evaluate.methods=[start]", assignment])
 
 
+def ppo(**settings):
+    return {"train": {"objectives": [{"type": "ppo", **settings}]}}
+
+
+def test_ppo_with_a_critic_may_have_groups_of_one():
+    (objective,) = job(**ppo(advantage="gae", group_size=1)).train.objectives
+    assert objective.rollouts_per_step == 16
+
+
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
@@ -99,6 +108,17 @@ def test_nothing_is_set_below_a_plain_value_in_a_list(assignment, message):
         ({"train": {"offload": "all", "zero_stage": 2, "gpus_per_worker": 1}}, "needs zero_stage 3 or more, got 2"),
         ({"train": {"offload": "optimizer", "zero_stage": 1}}, "set gpus_per_worker, or offload to none"),
         ({"train": {"objectives": [{"type": "clm"}, {"type": "clm"}]}}, "each type at most once"),
+        (ppo(start="exmate"), "ppo starts from 'exmate', which must stand before it"),
+        (ppo(sampling={"temperature": 0}), "temperature=0, .* does not sample the policy itself"),
+        (ppo(sampling={"min_p": 0.1}), "min_p=0.1, .*set temperature above 0, top_p: 1, min_p: 0"),
+        (ppo(sampling={"min_p": 0, "finish": "sentence"}), "finish=sentence does not"),
+        (ppo(group_size=1), "group_size=1 leaves rloo nothing to compare"),
+        (ppo(settings_per_prompt=4), "settings_per_prompt=4, the grid has 3 cells"),
+        (ppo(prompts_per_step=97), "prompts_per_step=97 is more than prompts.train=96"),
+        (ppo(kl={"target": 5, "horizon": 12}), "kl.horizon=12 is too short for 64 rollouts a step.*set 13 or more"),
+        (ppo(weights={"charm": 1}), "ppo names 'charm', which is no attribute"),
+        (ppo(chances={"brevity": [1, 1]}), r"ppo.chances.brevity=\[1.0, 1.0\] needs a number for each of 3 levels"),
+        (ppo(chances={"brevity": [0, 0, 0]}), "at least one above 0"),
         ({"export": {"levels": {"brevity": [3, 2]}}}, "brevity=3..2 must lie in 1..3"),
         ({"export": {"levels": {"brevity": [1, 2]}, "defaults": {"brevity": 3}}}, "defaults.brevity=3 must lie in 1..2"),
         ({"evaluate": {"levels": [[1], [2]]}}, r"one list per attribute \(1\)"),
@@ -156,7 +176,13 @@ def test_help_has_examples(verb):
 
 
 @pytest.mark.parametrize(
-    ("module", "may_load"), [("ctrlray.cli", set()), ("ctrlray.pipeline", set()), ("ctrlray.objectives.losses", {"torch"})]
+    ("module", "may_load"),
+    [
+        ("ctrlray.cli", set()),
+        ("ctrlray.pipeline", set()),
+        ("ctrlray.objectives.losses", {"torch"}),
+        ("ctrlray.objectives.ppo", {"torch"}),
+    ],
 )
 def test_import_is_light(module, may_load):
     code = f"import sys, {module}; print(*sys.modules)"

@@ -72,7 +72,7 @@ class Engine:
         self.asked += zip(map(bytes, prompts), max_tokens, strict=True)
         if any(b"break" in bytes(p) for p in prompts):
             raise RuntimeError("cannot read this")
-        return [[Completion(f" {bytes(p).decode().upper()} ", [1, 2], -1.0, "stop")] for p in prompts]
+        return [[Completion(f" {bytes(p).decode().upper()} ", [1, 2], -1.0, "stop", [-0.5, -0.5])] for p in prompts]
 
     def decode(self, ids):
         return bytes(ids).decode()

@@ -15,7 +15,7 @@ from ctrlray import config
 from ctrlray.errors import ClusterError, ConfigError, DataError
 from ctrlray.rewards import http
 from ctrlray.rewards.registry import build
-from ctrlray.stages.score import score_rows
+from ctrlray.rewards.rows import score_rows
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(5)]
 TEXTS = ["a", "bb", "ccc", "dddd", "eeeee"]

@@ -56,6 +56,22 @@ def test_log_probs_and_gradients_in_chunks(given, monkeypatch):
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
 
 
+def test_masked_tokens_take_no_part():
+    """As if the rows from 3 up to 5 were not there."""
+    h = head(cap=2.0, temperature=0.7)
+    hidden, target = torch.randn(9, 6, dtype=torch.float64, requires_grad=True), torch.tensor([0, 1, 2, 5, 6, 7, 8, 9, 10])
+    left = nn.Linear(6, 48, bias=False).double()
+    left.weight.data = torch.cat([h.layer.weight[:3], h.layer.weight[5:]]).detach()
+    less = h._replace(layer=left.requires_grad_(False))
+    moved = torch.where(target >= 5, target - 2, target)
+    mine, theirs = target_logp(h._replace(masked=(3, 5)), hidden, target), target_logp(less, hidden, moved)
+    assert torch.allclose(mine, theirs, atol=1e-6)
+    (a,), (b,) = (torch.autograd.grad((logp * torch.arange(9)).sum(), hidden) for logp in (mine, theirs))
+    assert torch.allclose(a, b, atol=1e-6)
+    both = logp_and_entropy(h._replace(masked=(3, 5)), hidden, target), logp_and_entropy(less, hidden, moved)
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(*both, strict=True))
+
+
 @pytest.mark.parametrize("given", HEADS)
 def test_entropy_and_its_gradient_in_chunks(given, monkeypatch):
     monkeypatch.setattr(logprobs, "LOGITS_AT_ONCE", 16 * 50)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from ctrlray import config, models
+from ctrlray.adapter import ADAPTER, ADAPTER_CARD, merge
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ConfigError
 from ctrlray.train.batches import TrainExample, tree_rows
-from ctrlray.train.models import ADAPTER, ADAPTER_CARD, load_learner, merge, parameter_groups, trained_state
+from ctrlray.train.models import load_learner, parameter_groups, trained_state
 
 SPACE = ControlSpace((config.Attribute(name="brevity", levels=3), config.Attribute(name="variety", levels=2)))
 

@@ -63,10 +63,12 @@ def usual(folder, temperature=1.0):
     """Log-probs of the answers by transformers alone, each in a sequence of its own, in the order of the tree's branches."""
     from transformers import AutoModelForCausalLM
 
-    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    network = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     out = torch.zeros(3, 3)
     for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
-        logits = network(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1] / temperature
+        logits = network(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        logits[:, list(CONTROL_IDS)] -= 100  # as engines do, so that no control token is sampled
+        logits /= temperature
         out[i, : len(answer)] = logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None])[:, 0]
     return out
 
@@ -133,7 +135,8 @@ def test_checkpointing_changes_no_gradient(folder):
     for checkpointing in (False, True):
         network = policy(folder, config.Train(activation_checkpointing=checkpointing), advantage="gae", entropy_bonus=0.1)
         disturb(network, lambda name: True)
-        network(batch(network, advantage_NT=torch.tensor([[1.0, -2, 3], [0.5, 0, 0], [-1, 1, 0]])), num_tokens=6.0).total.backward()
+        advantage = torch.tensor([[1.0, -2, 3], [0.5, 0, 0], [-1, 1, 0]])
+        network(batch(network, advantage_NT=advantage), num_tokens=6.0).total.backward()
         grads.append({n: p.grad for n, p in network.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
@@ -145,7 +148,7 @@ def test_on_policy_the_ratio_is_one_and_the_gradient_that_of_reinforce(folder):
     network(batch(network), num_tokens=6.0).total.backward()
     mine = {n: p.grad.clone() for n, p in network.named_parameters() if p.grad is not None}
     network.zero_grad()
-    (-network.answer_logp(tree(network)).sum() / 6).backward()
+    (-network._policy(tree(network), entropy=False)[0].sum() / 6).backward()
     theirs = {n: p.grad for n, p in network.named_parameters() if p.grad is not None}
     assert all(torch.allclose(mine[n], theirs[n], atol=1e-6) for n in theirs)
 
@@ -154,12 +157,11 @@ def test_kl_in_the_loss_pulls_towards_the_reference(folder):
     network = policy(folder, kl=config.KL(place="loss", estimator="k2"))
     disturb(network, lambda name: True)
     with torch.no_grad():
-        reference = network(tree(network), channels=("reference",))[0]
+        logp, reference = network(tree(network), channels=("policy", "reference"))
     no_advantage = {"advantage_NT": torch.zeros(3, 3), "reference_NT": reference}
     loss = network(batch(network, **no_advantage), num_tokens=6.0, kl=0.5)
-    logp = network.answer_logp(tree(network))
-    # k2 is half the square of the log ratio
-    assert loss.total.item() == pytest.approx(0.5 * float((0.5 * (logp - reference) ** 2 * tree(network).mask_NT).sum() / 6), rel=1e-4)
+    k2 = 0.5 * (logp - reference) ** 2 * tree(network).mask_NT
+    assert loss.total.item() == pytest.approx(0.5 * float(k2.sum() / 6), rel=1e-4)
     assert network(batch(network, **no_advantage), num_tokens=6.0, kl=0.0).total.item() == pytest.approx(0.0, abs=1e-6)
 
 
@@ -172,7 +174,8 @@ def test_tokens_that_the_engine_saw_otherwise_count_less_or_more_up_to_the_cap(f
     assert double.parts["importance"].item() == pytest.approx(2.0) and double.parts["mismatch"].item() == pytest.approx(3.0)
     assert double.parts["policy"].item() == pytest.approx(2 * same.parts["policy"].item())
     free = policy(folder, importance_cap=None)
-    assert free(batch(free, engine_NT=logp - 3.0), num_tokens=6.0).parts["policy"].item() == pytest.approx(same.parts["policy"].item())
+    plain = free(batch(free, engine_NT=logp - 3.0), num_tokens=6.0)
+    assert plain.parts["policy"].item() == pytest.approx(same.parts["policy"].item())
 
 
 @pytest.mark.parametrize("objective", [{}, {"advantage": "gae"}, {"entropy_bonus": 0.1}])
@@ -207,8 +210,9 @@ def test_a_critic_from_another_model(folder, tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     torch.manual_seed(3)
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
-    other = LlamaForSequenceClassification(LlamaConfig(vocab_size=30, num_labels=1, pad_token_id=0, **sizes))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 1, "num_labels": 1, "pad_token_id": 0}
+    other = LlamaForSequenceClassification(LlamaConfig(vocab_size=30, **sizes))
     other.save_pretrained(tmp_path / "reward")
     network = policy(folder, advantage="gae", critic=config.Critic(model=str(tmp_path / "reward")))
     body = dict(network.critic.base_model.named_parameters())
@@ -223,7 +227,7 @@ def test_a_critic_from_another_model(folder, tmp_path):
     after = network(tree(network), channels=("policy", "value"))
     assert torch.equal(after[0], before[0]) and not torch.allclose(after[1], before[1], atol=1e-3)
 
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=40, num_labels=1, pad_token_id=0, **sizes)).save_pretrained(tmp_path / "big")
+    LlamaForSequenceClassification(LlamaConfig(vocab_size=40, **sizes)).save_pretrained(tmp_path / "big")
     with pytest.raises(ConfigError, match=r"critic.model=.*vocabulary and hidden size are \(40, 16\), the policy's \(32, 16\)"):
         policy(folder, advantage="gae", critic=config.Critic(model=str(tmp_path / "big")))
 

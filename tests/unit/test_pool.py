@@ -2,36 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
 import ray
+import torch
 
-from ctrlray import config
+from ctrlray import actors, config
 from ctrlray.engine import pool as pools
-from ctrlray.engine.engine import Completion, EngineSpec
-from ctrlray.errors import ClusterError
+from ctrlray.engine.engine import Completion, EngineSpec, Held
+from ctrlray.engine.probes import Probe
+from ctrlray.errors import ClusterError, ConfigError
 
 SPEC = EngineSpec("nowhere", "float32", 64, config.EngineSettings(tensor_parallel=2))
 
 
 class Host:
-    """Answers with the prompt; ends at the token 13. Engine 1 of those named `odd` keeps its old weights."""
+    """Answers with the prompt; ends at the token 13. What engine 1 of a pool has at fault, the pool's name says."""
 
     def __init__(self, spec):
         self.loaded = self.answer = None
+        self.gone = False
 
     def ready(self):
+        if self.gone:
+            raise ValueError("killed")
         return 1
 
     def generate(self, prompts, sampling):
         if any(13 in p for p in prompts):
             raise ValueError("13 is unlucky")
-        return [Completion(str(p), list(p), -1.0, "stop") for p in prompts]
+        return [Completion(str(p), list(p), -1.0, "stop", [-0.5] * len(p)) for p in prompts]
 
     def load_weights(self, folder, version):
         self.loaded = folder, version
-        return version, {"sum": float(self.odd)}
+        return self._held(1.0, version)
+
+    def load_adapter(self, adapter, card, version):
+        if "stray" in adapter:
+            raise ConfigError("adapter tensors without a home: stray")
+        self.loaded = {n: a.tolist() for n, a in adapter.items()}, card, version
+        return self._held(float(sum(a.sum() for a in adapter.values())), version)
+
+    def _held(self, total, version):
+        expected, found = total, total
+        match self.fault:
+            case "odd":
+                expected, found = total + 1, total + 1
+            case "lying":
+                found = total + 1e-6
+            case "late":
+                version -= 1
+        return Held(version, {"first qkv": Probe(expected, found, 1e-9)}, 0.25, 0.5 if self.fault else 0.125)
+
+    def cache_hits(self):
+        return 40, 10 if self.fault else 30
 
 
 class Broken(Host):
@@ -42,7 +68,7 @@ class Broken(Host):
 class Actor:
     def __init__(self, kind, options, spec):
         self.options, self.killed, self.host = options, False, kind(spec)
-        self.host.odd = options["name"].startswith("odd-1")
+        self.host.fault = options["name"].split("-")[0] if "-1-" in options["name"] else ""
 
     def __getattr__(self, name):
         return Method(getattr(self.host, name))
@@ -62,6 +88,8 @@ class Method:
     def _made(self, *args):
         try:
             return Ref(self.call(*args), None)
+        except ConfigError as error:
+            return Ref(None, ray.exceptions.RayTaskError("f", "traceback", error, ip="here").as_instanceof_cause())
         except ValueError as error:
             return Ref(None, ray.exceptions.RayActorError("00", f"the actor died\n  in a file\nValueError: {error}"))
 
@@ -98,6 +126,9 @@ class Ray:
             raise ref.error
         return ref.value
 
+    def put(self, value):
+        return value
+
     def kill(self, actor):
         actor.killed = True
 
@@ -105,6 +136,7 @@ class Ray:
 @pytest.fixture
 def cluster(monkeypatch):
     made = Ray()
+    monkeypatch.setattr(actors, "ray", made)
     monkeypatch.setattr(pools, "ray", made)
     monkeypatch.setattr(pools, "EngineHost", Host)
     return made
@@ -144,9 +176,71 @@ def test_engines_that_end_too_often_are_given_up_with_the_last_words(cluster):
 
 def test_engines_that_disagree_on_their_weights_stop_the_run(cluster):
     with pool("odd") as engines:
-        with pytest.raises(ClusterError, match=r"engine 1 holds other weights than engine 0.*'sum': 1\.0"):
+        said = r"engine 1 holds other weights than engine 0 after the update: its first qkv adds up to 2\.0, that of .* to 1\.0"
+        with pytest.raises(ClusterError, match=said):
             engines.load_weights("/w")
         assert engines.weights_version == 0
+
+
+ADAPTER = {"a.rows": torch.tensor([[1.0, 2.0]]), "w": torch.tensor([0.5], requires_grad=True)}
+CARD = {"lora_scale": 2.0, "control_ids": [5]}
+
+
+def test_an_adapter_reaches_every_engine_and_is_proved(cluster):
+    with pool("twin") as engines:
+        sync = engines.load_adapter(ADAPTER, CARD, 12)
+        assert (sync.version, sync.checksums, engines.weights_version) == (12, {"first qkv": 3.5}, 12)
+        assert (sync.seconds.merge, sync.seconds.reload) == (0.25, 0.5) and sync.seconds.total < 5  # the slower engine's
+        assert [a.host.loaded for a in cluster.actors] == [({"a.rows": [[1.0, 2.0]], "w": [0.5]}, CARD, 12)] * 2
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lying", r"lying: engine 1 does not compute with the weights of version 3: its first qkv adds up to 3\.500001"),
+        ("late", "late: engine 1 holds weights of version 2 after the update to 3"),
+        ("odd", "odd: engine 1 holds other weights than engine 0"),
+    ],
+)
+def test_an_update_that_one_engine_cannot_prove_stops_the_run(cluster, name, said):
+    with pool(name) as engines, pytest.raises(ClusterError, match=said):
+        engines.load_adapter(ADAPTER, CARD, 3)
+    assert engines.weights_version == 0
+
+
+def test_an_adapter_without_a_home_is_refused_as_what_it_is(cluster):
+    with pool() as engines, pytest.raises(ConfigError, match=r"^adapter tensors without a home: stray") as caught:
+        engines.load_adapter({"stray": torch.zeros(1)}, CARD, 1)
+    assert type(caught.value) is ConfigError and len(cluster.actors) == 2
+
+
+def test_engines_that_die_at_work_or_between_are_replaced_with_the_adapter_in_force(cluster):
+    with pool() as engines:
+        engines.load_adapter(ADAPTER, CARD, 4)
+        assert engines.generate([[13], [1]], config.Sampling(), 1)[0] is None
+        assert len(cluster.actors) == 4 and all(a.host.loaded[2] == 4 for a in cluster.actors if not a.killed)
+        next(a for a in cluster.actors if not a.killed).host.gone = True
+        assert engines.load_adapter({"w": torch.ones(1)}, CARD, 5).checksums == {"first qkv": 1.0}
+        alive = [a for a in cluster.actors if not a.killed]
+        assert len(cluster.actors) == 5 and [a.host.loaded for a in alive] == [({"w": [1.0]}, CARD, 5)] * 2
+
+
+def test_a_replacement_that_cannot_prove_the_weights_gets_no_work(cluster):
+    with pool("fine") as engines:
+        engines.load_adapter(ADAPTER, CARD, 4)
+        held, Host._held = Host._held, lambda self, total, version: held(self, total + 1, version)
+        try:
+            with pytest.raises(ClusterError, match="engine 1 holds other weights than engine 0"):
+                engines.generate([[13]], config.Sampling(), 1)
+        finally:
+            Host._held = held
+
+
+def test_the_hit_rate_is_over_all_engines_that_answer(cluster, monkeypatch):
+    with pool("twin") as engines:
+        assert engines.hit_rate() == 0.5
+        monkeypatch.setattr(Host, "cache_hits", lambda self: (0, 0))
+        assert math.isnan(engines.hit_rate())
 
 
 def test_engines_that_do_not_start_leave_none_behind(cluster, monkeypatch):
@@ -169,6 +263,8 @@ def test_weights_that_do_not_arrive_stop_the_run(cluster, monkeypatch, error, me
         raise error
 
     with pools.EnginePool(SPEC, config.Pool(), "p") as pool:
-        monkeypatch.setattr(pools.ray, "get", get)
-        with pytest.raises(ClusterError, match=message):
+        monkeypatch.setattr(actors.ray, "get", get)
+        with pytest.raises(ClusterError, match=f"p: engine 0 {message}"):
             pool.load_weights("folder")
+        with pytest.raises(ClusterError, match="p: "):
+            pool.load_adapter({}, {}, 1)

@@ -162,6 +162,6 @@ def test_with_a_critic_an_answer_may_be_alone(tmp_path):
 
 def test_a_step_without_any_usable_rollout_is_an_error(tmp_path):
     made = producer(tmp_path, Engines(gone=range(12)), Rewards())
-    with pytest.raises(DataError, match="step 1: none of 12 rollouts can be trained on: {'engine_died': 12}"):
+    with pytest.raises(DataError, match=r"step 1: none of 12 rollouts can be trained on: {'engine_died': 12}"):
         made.make(0, {})
     assert not made.has(0)

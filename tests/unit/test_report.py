@@ -270,6 +270,23 @@ def test_any_number_of_attributes(num_attributes):
         assert f"{name}: values with 95% intervals" in page.words
 
 
+def reinforcement(steps=5):
+    return [
+        {"step": i + 1, "reward": -2 + 0.1 * i, "kl": 0.2 * i, "generate_s": 4.0, "forward_s": 2.0, "length": 30.0}
+        | {f"achieved_helpfulness_{level}": 2 + (level - 2) * 0.1 * i for level in (1, 3)}
+        for i in range(steps)
+    ]
+
+
+def test_reinforcement_learning_has_its_own_plots():
+    page = Page(render(report_data(curves={"exmate": curve(0.9), "ppo": reinforcement()})))
+    labels = [a["aria-label"] for t, a in page.tags if t == "div" and a.get("class") == "plot"]
+    assert "Reward by step: ppo from -2 at step 1 to -1.6 at step 5." in labels
+    assert "helpfulness reached by level asked for, ppo: level 1 from 2.00 to 1.60; level 3 from 2.00 to 2.40." in labels
+    (seconds,) = [text for text in labels if text.startswith("Seconds of a step, ppo")]
+    assert "generate 4.00 s, score 0.00 s" in seconds and "forward 2.00 s" in seconds
+
+
 def test_missing_pieces_say_so():
     bare = ReportData("bare", "", {}, {}, {}, "", "", [{"name": "helpfulness", "levels": 5}])
     words = Page(render(bare)).words
@@ -359,7 +376,7 @@ def test_numbers_for_readers():
 def test_known_methods_keep_their_style():
     assert styles(["exmate", "new"])["exmate"] == styles(["start", "clm", "exmate"])["exmate"]
     assert (
-        len({s.color for s in styles(["start", "prompting", "exmate", "clm", "rerank", "ppo", "x", "y"]).values()}) == 8
+        len({s.color for s in styles(["start", "prompting", "exmate", "clm", "reranking", "ppo", "x", "y"]).values()}) == 8
     )
 
 

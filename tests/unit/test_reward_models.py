@@ -167,3 +167,30 @@ def test_lora_says_where_it_finds_nothing_to_adapt(tmp_path):
         start_and_network(tmp_path, tmp_path / "model", train_job(tmp_path, tmp_path / "model", "kind"))
     network = start_and_network(tmp_path / "full", tmp_path / "model", train_job(tmp_path, tmp_path / "model", "kind", lora=None))
     assert network.score.weight.any()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_finer_than_what_the_body_computes_in(tmp_path, family, monkeypatch):
+    """bfloat16 has 8 bits of a number: scores computed in it would all be bfloat16 numbers, and close answers tie."""
+    monkeypatch.setattr("ctrlray.models.pick_dtype", lambda *_, **__: "bfloat16")
+    raw = {"type": "hf", "model": str(save(family, tmp_path)), "attributes": ["kind", "brief"]}
+    found = build(config.parse(config.HFReward, raw, where="test"))(CHATS, TEXTS)
+    values = torch.tensor(np.concatenate(list(found.values())))
+    assert (values != values.bfloat16().float()).float().mean() > 0.8
+
+
+def test_a_classifier_that_is_its_own_body_stays_as_it_is():
+    from ctrlray.rewards.precise import widen_head
+
+    class Whole(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Linear(2, 2, dtype=torch.bfloat16)
+
+        @property
+        def base_model(self):
+            return self
+
+    made = Whole()
+    widen_head(made)
+    assert made.body.weight.dtype == torch.bfloat16

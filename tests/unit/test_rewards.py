@@ -8,7 +8,7 @@ from ctrlray import config
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.rewards.hf import HFScorer
 from ctrlray.rewards.registry import FunctionScorer, build
-from ctrlray.stages.score import score_rows
+from ctrlray.rewards.rows import score_rows
 from tests.fakes import tiny_tokenizer
 
 CHATS = [[{"role": "user", "content": f"question {i}"}] for i in range(5)]

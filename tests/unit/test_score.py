@@ -33,7 +33,7 @@ def answers(**columns):
 @pytest.fixture
 def in_actor(monkeypatch, tmp_path):
     """A reward actor's callable in this process."""
-    monkeypatch.setattr(score, "_yield_to_engines", lambda: None)
+    monkeypatch.setattr(score, "yield_to_engines", lambda: None)
     monkeypatch.setattr(score.ray, "get", lambda value: value)
 
     def make(target="tests.fakes:length_reward", *names, keep_truncated=False):

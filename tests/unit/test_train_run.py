@@ -46,7 +46,7 @@ def name_of(tmp_path, tiny, monkeypatch):
         table = from_rows([{k: example.get(k) for k in schema.examples(["brevity"]).names}], schema.examples(["brevity"]))
         out = Storage(str(tmp_path / str(len(list(tmp_path.iterdir())))))
         base = models.PreparedBase.__new__(models.PreparedBase)
-        train.run(table, out, job, base, out, Run(job).keys["train"], Silent())
+        train.run(table, out, job, base, None, out, Run(job).keys["train"], Silent())
         return names[0]
 
     return find

@@ -39,7 +39,7 @@ def watch(tmp_path, monkeypatch):
                 place.write_json({"step": at, "steps": 9, "recent": points}, "progress.json")
                 time.sleep(pause_s if (at, recent) != moments[-1] else 0)
 
-        train.watched("clm", fit, place, watcher, Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
+        train.watched(fit, train.Watch("clm", place, watcher), Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
         return watcher
 
     return run
@@ -58,10 +58,18 @@ def test_workers_that_go_back_to_a_snapshot_take_the_count_back(watch):
 
 def test_training_that_ended_is_no_stall_for_being_looked_at_late(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "_POLL_S", 5.0)
-    train.watched("clm", lambda: time.sleep(0.2), Storage(str(tmp_path)), Watcher(), Patience("train", 0.05, lambda: "it"))
+    watch = train.Watch("clm", Storage(str(tmp_path)), Watcher())
+    train.watched(lambda: time.sleep(0.2), watch, Patience("train", 0.05, lambda: "it"))
 
 
 def test_the_clock_starts_anew_with_each_step(watch):
     watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=0.2, pause_s=0.12)
     with pytest.raises(ClusterError, match=r"train: nothing finished for 0\.2 s; it waits for step"):
         watch((5, [5]), (6, [6]), timeout_s=0.2, pause_s=0.6)
+
+
+def test_steps_of_trainings_before_count_as_done(tmp_path):
+    place, watcher = Storage(str(tmp_path)), Watcher()
+    place.write_json({"step": 2, "steps": 9, "recent": [{"step": 2, "loss": 0.5}]}, "progress.json")
+    train.Watch("ppo", place, watcher, before=6).look()
+    assert (watcher.of, watcher.done) == (15, 2)

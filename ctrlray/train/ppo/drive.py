@@ -35,6 +35,7 @@ def train(
     name: str,
     place: Storage,
     progress: Progress,
+    before: int,
 ) -> None:
     """Train by reinforcement learning to the end, from the start or from where an earlier run was cut off.
 
@@ -59,7 +60,7 @@ def train(
         progress.note("training ppo")
         learner = Background(partial(launch, ppo_loop, {"task": task}, task.settings, name, place, what="train: ppo"))
         try:
-            _Driver(task, producer, learner, Watch("ppo", task.out, progress), progress, timeout).run()
+            _Driver(task, producer, learner, Watch("ppo", task.out, progress, before), progress, timeout).run()
         except BaseException as error:
             task.out.write_json({"reason": f"{type(error).__name__}: {error}"}, STOP)
             raise

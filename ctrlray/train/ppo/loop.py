@@ -151,7 +151,7 @@ class _Loop:
             for epoch in range(o.epochs)
             for chosen in epoch_steps(
                 rollouts.prompts,
-                s.batch_size,
+                o.batch_size,
                 self.task.seed,
                 step * o.epochs + epoch,
                 per_row=o.settings_per_prompt * o.group_size,

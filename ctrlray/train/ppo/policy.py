@@ -53,10 +53,12 @@ class Policy(Reader):
         device: str = "cpu",
         path: TreePath | None = None,
         *,
+        control_ids: Sequence[int] = (),
         reference: Any = None,
         critic: Any = None,
     ) -> None:
         super().__init__(network, compute, device, path)
+        self._masked = (min(control_ids), max(control_ids) + 1) if control_ids else (0, 0)
         self.objective = objective
         self.reference = reference
         self.critic = critic
@@ -70,26 +72,30 @@ class Policy(Reader):
         self, batch: Any, channels: Sequence[str] = (), num_tokens: float = 0.0, learns_policy: bool = True, kl: float = 0.0
     ) -> Loss | Tensor:
         """The loss of a PolicyBatch; without `num_tokens` the `channels` of a Batch, shape [C, N, T], without gradients."""
-        if not num_tokens:
-            with torch.no_grad():
-                return torch.stack([self._channel(name, batch) for name in channels])
-        return self._loss(batch, num_tokens, learns_policy, kl)
+        if num_tokens:
+            return self._loss(batch, num_tokens, learns_policy, kl)
+        with torch.no_grad():
+            found = self._channels(batch, channels)
+        return torch.stack([found[name] for name in channels])
 
-    def _channel(self, name: str, batch: Batch) -> Tensor:
-        if name == "value":
-            return self.values(batch)
-        with self._acting("reference" if name == "reference" else "policy"), self.autocast():
-            network = self.reference if name == "reference" and self.reference is not None else self.network
-            hidden = at_answers(self.hidden(batch, network), batch)
-            target = batch.target_NT[batch.mask_NT.bool()]
-            head = self._head(network)
-            found = logp_and_entropy(head, hidden, target)[1] if name == "entropy" else target_logp(head, hidden, target)
-        return spread(found, batch)
+    def _channels(self, batch: Batch, wanted: Sequence[str]) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if "policy" in wanted or "entropy" in wanted:
+            logp, entropy, _ = self._policy(batch, entropy="entropy" in wanted)
+            found |= {"policy": logp} | ({} if entropy is None else {"entropy": entropy})
+        if "reference" in wanted:
+            network = self.network if self.reference is None else self.reference
+            with self._acting("reference"), self.autocast():
+                there = at_answers(self.hidden(batch, network), batch)
+                found["reference"] = spread(target_logp(self._head(network), there, _targets(batch)), batch)
+        if "value" in wanted:
+            found["value"] = self.values(batch)
+        return found
 
     def _loss(self, batch: PolicyBatch, num_tokens: float, learns_policy: bool, kl: float) -> Loss:
         o, tree = self.objective, batch.tree
         mask = tree.mask_NT
-        logp, entropy, touched = self._policy(tree)
+        logp, entropy, touched = self._policy(tree, entropy=o.entropy_bonus > 0)
         old = torch.where(batch.old_NT.isnan(), logp.detach(), batch.old_NT)
         weights = importance(old, batch.engine_NT, o.importance_cap) if o.importance_cap else None
         fit = policy_loss(
@@ -114,18 +120,18 @@ class Policy(Reader):
             total, parts = total + o.critic.weight * fitted.total, parts | fitted.parts
         return Loss(total, parts)
 
-    def _policy(self, tree: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Log-probs, their entropy where the loss wants it, and a number that every parameter of an empty batch reaches."""
+    def _policy(self, tree: Batch, *, entropy: bool) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Log-probs, the entropy if it is wanted, and a number that every parameter of an empty batch reaches."""
         with self._acting("policy"), self.autocast():
             hidden = self.hidden(tree)
-            there, target = at_answers(hidden, tree), tree.target_NT[tree.mask_NT.bool()]
-            if not self.objective.entropy_bonus:
-                return spread(target_logp(self._head(self.network), there, target), tree), None, hidden.sum()
-            logp, entropy = logp_and_entropy(self._head(self.network), there, target)
-            return spread(logp, tree), spread(entropy, tree), hidden.sum()
+            there = at_answers(hidden, tree)
+            if not entropy:
+                return spread(target_logp(self._head(self.network), there, _targets(tree)), tree), None, hidden.sum()
+            logp, spread_out = logp_and_entropy(self._head(self.network), there, _targets(tree))
+            return spread(logp, tree), spread(spread_out, tree), hidden.sum()
 
     def _head(self, network: Any) -> Head:
-        return Head.of(network)._replace(temperature=self.objective.sampling.temperature)
+        return Head.of(network)._replace(temperature=self.objective.sampling.temperature, masked=self._masked)
 
     def values(self, batch: Batch) -> Tensor:
         """What the critic expects of each answer from each of its tokens on, in level units, [N, T]."""
@@ -162,6 +168,10 @@ class Policy(Reader):
         return contextlib.nullcontext(), self._acting(self._role)
 
 
+def _targets(batch: Batch) -> Tensor:
+    return batch.target_NT[batch.mask_NT.bool()]
+
+
 def load_policy(
     folder: str, objective: config.PPO, settings: config.Optimization, control_ids: Sequence[int], dtype: str, device: str
 ) -> Policy:
@@ -176,7 +186,8 @@ def load_policy(
         critic = critic or (copy.deepcopy(network) if needs_critic else None)
     elif needs_critic and critic is None:
         add_lora(network, settings.lora, CRITIC)
-    policy = Policy(network, objective, getattr(torch, dtype), device, path, reference=reference, critic=critic)
+    networks = {"reference": reference, "critic": critic}
+    policy = Policy(network, objective, getattr(torch, dtype), device, path, control_ids=control_ids, **networks)
     if settings.activation_checkpointing:
         again = {"use_reentrant": False, "context_fn": policy.checkpoint_contexts}
         network.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)

@@ -170,7 +170,8 @@ class Producer:
 
 
 def _weighted(columns: Mapping[str, npt.NDArray[Any]], sources: Mapping[str, float]) -> npt.NDArray[np.float64]:
-    return np.sum([weight * columns[name].astype(np.float64) for name, weight in sources.items()], axis=0)
+    parts = [weight * columns[name].astype(np.float64) for name, weight in sources.items()]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def _row(step: int, ask: Ask, answer: Completion | None, version: int, names: Sequence[str]) -> dict[str, Any]:

@@ -1,0 +1,199 @@
+"""Pools of named actors that stay between calls: batches go to whichever is free, and one that ends is replaced.
+
+rows -> batches -> free actors -> results, as they come
+^            | one ends or raises: a new actor takes its place
+└─ eighths <─┘ until the row that ends actors is alone and left out
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import ray
+
+from ctrlray.config import Pool
+from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.isolate import plan
+
+
+class Words(NamedTuple):
+    """What a pool's messages call its parts, and the settings that they point to."""
+
+    actor: str
+    article: str
+    rows: str
+    restarts: str
+    batch: str
+
+
+class ActorPool:
+    """Actors `<name>-0-0`, `<name>-1-0`, ... of one kind, which has `ready()`; use as a context manager.
+
+    Each works on one batch at a time. `pool.max_restarts` bounds how often one is replaced; `restore(index)` gives a
+    replacement what its predecessor had been given, before it gets work.
+    """
+
+    def __init__(
+        self,
+        kind: type,
+        arguments: Sequence[Any],
+        pool: Pool,
+        name: str,
+        words: Words,
+        stall_timeout_s: float,
+        restore: Callable[[int], None] = lambda index: None,
+    ) -> None:
+        self._kind, self._arguments, self._pool, self._name = kind, tuple(arguments), pool, name
+        self._words, self._timeout_s, self._restore = words, stall_timeout_s, restore
+        self._restarts = 0
+        self.greetings: list[Any] = []
+        """What the first actors' `ready()` gave, once they are up."""
+        self.actors = [self._start(i) for i in range(pool.max_size)]
+
+    def _start(self, index: int) -> Any:
+        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus}
+        actor = ray.remote(self._kind).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
+        return actor.remote(*self._arguments)
+
+    def __enter__(self) -> ActorPool:
+        """Wait until every actor is up."""
+        try:
+            self.greetings = self._await_start(self.actors)
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop the actors."""
+        self.close()
+
+    def run(
+        self,
+        num_rows: int,
+        batch_size: int,
+        submit: Callable[[Any, list[int]], Any],
+        done: Callable[[list[int], Any], None],
+    ) -> dict[int, str]:
+        """Have rows 0 to `num_rows` - 1 worked on; returns those left out, each with what the actor that it ended said.
+
+        `submit(actor, rows)` starts a batch on a free actor, `done(rows, result)` takes what came back. What ctrlray itself
+        refuses in an actor is raised here. Raises ClusterError when actors end too often, or nothing comes.
+        """
+        waiting = [list(range(i, min(i + batch_size, num_rows))) for i in range(0, num_rows, batch_size)]
+        idle = list(range(len(self.actors)))
+        running: dict[Any, tuple[list[int], int]] = {}
+        died: list[list[int]] = []
+        left_out: dict[int, str] = {}
+        while waiting or running:
+            while waiting and idle:
+                batch, index = waiting.pop(0), idle.pop()
+                running[submit(self.actors[index], batch)] = (batch, index)
+            answer = self._next(running)
+            batch, index = running.pop(answer)
+            idle.append(index)
+            try:
+                with _unwrapped():
+                    made = ray.get(answer)
+            except _ENDED as error:
+                self._replace(index, error)
+                died.append(batch)
+                again, killers = plan(batch, died)
+                waiting[:0] = again
+                left_out |= dict.fromkeys(killers, last_line(error))
+                continue
+            done(batch, made)
+        return left_out
+
+    def _next(self, running: dict[Any, tuple[list[int], int]]) -> Any:
+        done, _ = ray.wait(list(running), timeout=self._timeout_s)
+        if done:
+            return done[0]
+        held = sum(len(batch) for batch, _ in running.values())
+        w = self._words
+        raise ClusterError(
+            f"{self._name}: no {w.actor} finished a batch within {self._timeout_s:g} s; {held} {w.rows} are in flight on "
+            f"{len(running)} {w.actor}s. Raise cluster.stall_timeout_s or lower {w.batch}."
+        )
+
+    def ask(self, call: Callable[[Any], Any], indices: Sequence[int] | None = None) -> list[Any]:
+        """Answers of all actors, or of some, to `call(actor)`; the error itself where one ended, raised, or was late.
+
+        What ctrlray itself refuses in an actor is raised.
+        """
+        chosen = range(len(self.actors)) if indices is None else indices
+        answers = [call(self.actors[i]) for i in chosen]
+        deadline = time.monotonic() + self._timeout_s
+        return [self._answer(a, deadline) for a in answers]
+
+    def _answer(self, answer: Any, deadline: float) -> Any:
+        try:
+            with _unwrapped():
+                return ray.get(answer, timeout=max(deadline - time.monotonic(), 0.0))
+        except (*_ENDED, ray.exceptions.GetTimeoutError) as error:
+            return error
+
+    def heal(self) -> None:
+        """Replace the actors that ended since they last had work."""
+        for index, answer in enumerate(self.ask(lambda actor: actor.ready.remote())):
+            if isinstance(answer, _ENDED):
+                self._replace(index, answer)
+
+    def _replace(self, index: int, error: Exception) -> None:
+        """A new actor in the place of one that ended or raised."""
+        self._restarts += 1
+        if self._restarts > self._pool.max_restarts:
+            raise ClusterError(
+                f"{self._name}: {self._words.actor}s ended {self._restarts} times, more than {self._words.restarts}="
+                f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
+            ) from error
+        ray.kill(self.actors[index])  # one that only raised is in an unknown state
+        self.actors[index] = self._start(index)
+        self._await_start([self.actors[index]])
+        self._restore(index)
+
+    def _await_start(self, actors: Sequence[Any]) -> list[Any]:
+        waiting = [a.ready.remote() for a in actors]
+        try:
+            with _unwrapped():
+                return list(ray.get(waiting, timeout=self._timeout_s))
+        except ray.exceptions.GetTimeoutError as error:
+            late = len(ray.wait(waiting, num_returns=len(waiting), timeout=0)[1])
+            free = ray.available_resources()
+            raise ClusterError(
+                f"{self._name}: {late} of {len(waiting)} {self._words.actor}s did not start within {self._timeout_s:g} s; each "
+                f"reserves {self._pool.cpus:g} CPUs and {self._pool.gpus:g} GPUs, and {free.get('CPU', 0):g} CPUs and "
+                f"{free.get('GPU', 0):g} GPUs are free"
+            ) from error
+        except _ENDED as error:
+            one = f"{self._words.article} {self._words.actor}"
+            raise ClusterError(f"{self._name}: {one} did not start: {last_line(error)}") from error
+
+    def close(self) -> None:
+        """Stop the actors' processes."""
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+
+_ENDED = (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OutOfMemoryError)
+"""An actor that is gone, that raised, or that Ray ended before the node's memory did."""
+
+
+@contextmanager
+def _unwrapped() -> Iterator[None]:
+    """Raise what ctrlray itself refused in another process as it is: no actor's fault, and written for the user."""
+    try:
+        yield
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, ConfigError | ClusterError):
+            raise error.cause from error
+        raise
+
+
+def last_line(error: Exception) -> str:
+    """What an error that came from another process says in the end: the exception there, below its traceback."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
