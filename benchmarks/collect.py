@@ -1,4 +1,4 @@
-"""Gathers an issue's figures into `results/<letter>.json` from what the benchmarks stored and the reward heads' card.
+"""Gathers an issue's figures into `results/<letter>.json` from what the benchmarks stored, and for some the reward heads' card.
 
 python -m benchmarks.collect A
 """
@@ -12,7 +12,11 @@ from typing import Any
 from benchmarks.common import RESULTS, figure, store
 
 HEADS = RESULTS.parents[1] / "ctrlray" / "assets" / "heads" / "smollm2-hh.json"
-PARTS = {"A": ("quickstart", "generation", "ranks"), "C": ("training", "training_gpu", "toys", "reward_model")}
+PARTS = {
+    "A": ("quickstart", "generation", "ranks"),
+    "C": ("training", "training_gpu", "toys", "reward_model"),
+    "D": ("ppo", "toys_ppo"),
+}
 MAX_BETWEEN, MAX_LENGTH = 0.5, 0.3
 AIMS = {"A": {"helpfulness": 0.70, "harmlessness": 0.70}, "C": {"helpfulness": 0.70, "harmlessness": 0.66}}
 
@@ -49,7 +53,8 @@ def main() -> None:
             figures += [f | {"commit": stored["commit"]} for f in stored["figures"]]
         else:
             figures.append(figure(name, "measured", None, False))
-    figures += head_figures(json.loads(HEADS.read_text())["measured"], AIMS[letter])
+    if letter in AIMS:
+        figures += head_figures(json.loads(HEADS.read_text())["measured"], AIMS[letter])
     print(store(letter, figures))
 
 

@@ -22,11 +22,11 @@ MEASURES = {
 Row = dict[str, Any]
 
 
-def pairs(rows: Sequence[Row], **where: Any) -> list[tuple[Row, Row]]:
-    """CLM's and ExMATE's rows of the same seed, among those that match."""
+def pairs(rows: Sequence[Row], methods: tuple[str, str] = ("clm", "exmate"), **where: Any) -> list[tuple[Row, Row]]:
+    """Both methods' rows of the same seed, among those that match."""
     chosen = [r for r in rows if all(r[k] == v for k, v in where.items())]
-    by_seed = {m: {r["seed"]: r for r in chosen if r["method"] == m} for m in ("clm", "exmate")}
-    return [(by_seed["clm"][seed], by_seed["exmate"][seed]) for seed in sorted(by_seed["clm"])]
+    first, second = ({r["seed"]: r for r in chosen if r["method"] == m} for m in methods)
+    return [(first[seed], second[seed]) for seed in sorted(first)]
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -56,13 +56,13 @@ def page(results: dict[str, Any]) -> str:
         f"Same starting model, same examples, same order; {len(longer)} seeds, each a world of its own. Brackets are 95% t "
         "intervals over seeds, those of the difference over pairs.",
         f"### {epochs} epochs, balanced examples",
-        _comparison(longer),
+        comparison(longer),
         f"### {epochs // 2} epochs, balanced examples",
-        _comparison(shorter),
+        comparison(shorter),
         _same_passes(shorter, longer),
         f"### {epochs} epochs, examples as the pool has them (`strategy: none`)",
         "Balancing takes the correlation out of the examples before any objective sees them; here it is left in.",
-        _comparison(unbalanced),
+        comparison(unbalanced),
         "## Over entanglements",
         f"Balanced examples, {epochs // 2} epochs, the w chosen above. Balancing leaves fewer examples as entanglement grows, so "
         "the rows differ in scarcity too.",
@@ -111,19 +111,19 @@ def _edges(epochs: int, weight: float, tried: Sequence[Row]) -> list[str]:
     return [f"The chosen {name} is the greatest that was tried; a greater one might do better." for name in at_edge]
 
 
-def _comparison(together: Sequence[tuple[Row, Row]]) -> str:
+def comparison(together: Sequence[tuple[Row, Row]], names: tuple[str, str] = ("CLM", "ExMATE")) -> str:
     """Measures with their intervals, what these say, and the mean slope matrices."""
-    lines = ["| | CLM | ExMATE | ExMATE − CLM |", "|---|---|---|---|"]
+    lines = [f"| | {names[0]} | {names[1]} | {names[1]} − {names[0]} |", "|---|---|---|---|"]
     for key, name in MEASURES.items():
-        columns = ([c[key] for c, _ in together], [e[key] for _, e in together], [e[key] - c[key] for c, e in together])
-        lines.append(f"| {name} | " + " | ".join(_shown(c) for c in columns) + " |")
+        columns = ([a[key] for a, _ in together], [b[key] for _, b in together], [b[key] - a[key] for a, b in together])
+        lines.append(f"| {name} | " + " | ".join(shown(c) for c in columns) + " |")
     slopes = "Mean slope matrices (row: the dial that is turned, column: the attribute that moves; perfect: 1 and 0):"
-    return "\n\n".join(["\n".join(lines), _verdicts(together), slopes, _slope_table(together)])
+    return "\n\n".join(["\n".join(lines), _verdicts(together, names[1]), slopes, _slope_table(together, names)])
 
 
-def _slope_table(together: Sequence[tuple[Row, Row]]) -> str:
-    lines = [f"| | {' | '.join(f'{m}: {a}' for m in ('CLM', 'ExMATE') for a in ATTRIBUTES)} |", "|---|---|---|---|---|"]
-    means = np.array([[c["slopes"], e["slopes"]] for c, e in together]).mean(axis=0)  # [method, dial, attribute]
+def _slope_table(together: Sequence[tuple[Row, Row]], names: tuple[str, str]) -> str:
+    lines = [f"| | {' | '.join(f'{m}: {a}' for m in names for a in ATTRIBUTES)} |", "|---|---|---|---|---|"]
+    means = np.array([[a["slopes"], b["slopes"]] for a, b in together]).mean(axis=0)  # [method, dial, attribute]
     for i, dial in enumerate(ATTRIBUTES):
         lines.append(f"| {dial} dial | " + " | ".join(f"{v:.3f}" for v in means[:, i].ravel()) + " |")
     return "\n".join(lines)
@@ -137,28 +137,29 @@ def _sweep_table(rows: Sequence[Row], epochs: int) -> str:
         together = pairs(rows, part="balanced", entanglement=entanglement, epochs=epochs)
         means = [f"{np.mean([pair[m][k] for pair in together]):.3f}" for k in keys for m in (0, 1)]
         examples = round(np.mean([c["examples"] for c, _ in together]))
-        difference = _shown([e["control_error"] - c["control_error"] for c, e in together])
+        difference = shown([e["control_error"] - c["control_error"] for c, e in together])
         lines.append(f"| {entanglement:g} | {len(together)} | {examples} | {' | '.join(means)} | {difference} |")
     return "\n".join(lines)
 
 
-def _verdicts(together: Sequence[tuple[Row, Row]]) -> str:
+def _verdicts(together: Sequence[tuple[Row, Row]], second: str) -> str:
     """One sentence per measure, by whether the interval of the difference leaves out zero."""
     groups: dict[str, list[str]] = {"lower": [], "higher": [], "not shown to differ": []}
     for key, name in MEASURES.items():
-        _, low, high = mean_interval([e[key] - c[key] for c, e in together])
+        _, low, high = mean_interval([b[key] - a[key] for a, b in together])
         groups["lower" if high < 0 else "higher" if low > 0 else "not shown to differ"].append(name)
-    return " ".join(f"Under ExMATE {word}: {'; '.join(names)}." for word, names in groups.items() if names)
+    return " ".join(f"Under {second} {word}: {'; '.join(names)}." for word, names in groups.items() if names)
 
 
 def _same_passes(shorter: Sequence[tuple[Row, Row]], longer: Sequence[tuple[Row, Row]]) -> str:
     differences = [e["control_error"] - c["control_error"] for (_, e), (c, _) in zip(shorter, longer, strict=True)]
     return (
         "ExMATE passes each answer twice, under its own and under a wrong code, so half the epochs cost about as much as CLM's "
-        f"whole: its control error at half minus CLM's at the whole is {_shown(differences)}."
+        f"whole: its control error at half minus CLM's at the whole is {shown(differences)}."
     )
 
 
-def _shown(values: Sequence[float]) -> str:
+def shown(values: Sequence[float]) -> str:
+    """Mean and its interval."""
     mean, low, high = mean_interval(values)
     return f"{mean:.3f} [{low:.3f}, {high:.3f}]"

@@ -1,4 +1,4 @@
-"""Does each objective learn perfect control where it is possible, and is ExMATE better than CLM where attributes are entangled?
+"""Do CLM and ExMATE learn perfect control where it is possible, and is ExMATE better where attributes are entangled?
 
 A toy world (toy_world.py) and a tiny Llama (toy_model.py). On a validation world CLM's number of epochs is chosen, then
 ExMATE's weight at that number; both by control error. Then, seed by seed, both objectives start from the same model and see
@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import LlamaForCausalLM
 
 from benchmarks.common import RESULTS, figure, store
 from benchmarks.toy_model import ToyBench, ToyRecipe
 from benchmarks.toy_page import LEAST_PAIRWISE, LEAST_SPEARMAN, MEASURES, Row, mean_interval, page, pairs
+from benchmarks.toy_ppo_page import section
 from benchmarks.toy_world import ToyWorld
 from ctrlray import config
 
@@ -36,9 +38,18 @@ INDEPENDENT, INDEPENDENT_EPOCHS = ToyRecipe(max_examples=1500), 12
 """Settings at which an independent pair must be learned; tests/toys holds one seed to the same bounds."""
 
 
-def measure(bench: ToyBench, objective: config.Objective, epochs: int) -> Row:
-    """Train, sample the grid, and take means over the two attributes."""
-    found = bench.judged(bench.grid(bench.trained(objective, epochs), objective.type, samples=2))
+def measure(bench: ToyBench, objective: config.Likelihood, epochs: int) -> Row:
+    """Train, and judge what it became."""
+    facts = {"entanglement": bench.world.entanglement, "seed": bench.world.seed, "examples": len(bench.examples())}
+    facts |= {"epochs": epochs, "method": objective.type, "weight": objective.weight}
+    row = facts | judged(bench, bench.trained(objective, epochs), objective.type)
+    print(json.dumps(row), flush=True)
+    return row
+
+
+def judged(bench: ToyBench, network: LlamaForCausalLM, method: str) -> Row:
+    """Sample the grid, and take means over the two attributes."""
+    found = bench.judged(bench.grid(network, method, samples=2))
     each = list(found["attributes"].values())
     slopes = np.array([[entry["value"] for entry in row] for row in found["slopes"]])
     values = {
@@ -51,11 +62,7 @@ def measure(bench: ToyBench, objective: config.Objective, epochs: int) -> Row:
         "favourites": found["favourites"],
         "finished": found["finished"],
     }
-    facts = {"entanglement": bench.world.entanglement, "seed": bench.world.seed, "examples": len(bench.examples())}
-    facts |= {"epochs": epochs, "method": objective.type, "weight": objective.weight}
-    row = facts | {k: round(float(v), 4) for k, v in values.items()} | {"slopes": slopes.round(4).tolist()}
-    print(json.dumps(row), flush=True)
-    return row
+    return {k: round(float(v), 4) for k, v in values.items()} | {"slopes": slopes.round(4).tolist()}
 
 
 def choose() -> tuple[int, float, list[Row]]:
@@ -120,8 +127,13 @@ def main() -> None:
         torch.set_num_threads(1)
         results = run()
         print(store("toys", figures(results), **results))
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(page(json.loads((RESULTS / "toys.json").read_text())))
+    write_page()
+
+
+def write_page() -> None:
+    """The text, from what this benchmark and toys_ppo stored."""
+    toys, toys_ppo = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("toys", "toys_ppo"))
+    PAGE.write_text(page(toys) + section(toys_ppo))
 
 
 if __name__ == "__main__":
