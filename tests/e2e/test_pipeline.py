@@ -38,7 +38,7 @@ def job(tiny, tmp_path_factory):
         "train.workers": 2,
         "train.cpus_per_worker": 0.6,  # both beside an engine and a reward on two CPUs
         "train.zero_stage": 2,
-        "export": {"levels": {"variety": [2, 2]}, "defaults": {"brevity": 1}, "dtype": "float32"},
+        "export": {"objective": "exmate", "levels": {"variety": [2, 2]}, "defaults": {"brevity": 1}, "dtype": "float32"},
     }
     return config.parse(config.Job, tiny_job(tiny, root, changes), where="test")
 
