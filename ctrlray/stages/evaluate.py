@@ -20,7 +20,7 @@ from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
-from ctrlray.metrics import evaluate_grid
+from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.stages.generate import consume
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
