@@ -143,11 +143,7 @@ class Run:
 
     def changes(self) -> list[str]:
         """Settings that differ from those of the last run at this root, as `a.b: old -> new`."""
-        if self.previous is None:
-            return []
-        old, new = (_flat(r.job.model_dump(mode="json")) for r in (self.previous, self))
-        moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
+        return differences(self.previous.job, self.job) if self.previous else []
 
     def state(self, stage: str) -> str:
         """Whether a stage is finished, and if not, why it has to run."""
@@ -187,7 +183,9 @@ class Run:
                 return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]
             case "generate":
                 wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
-                return [wanted, model, _model_stamp(job.model), control, job.seed]
+                # not the control space: answers are sampled without codes, and its tokens cannot be sampled. Where a prompt
+                # spells a code out, spaces differ in whether a zero-width space keeps it from being read as one.
+                return [wanted, model, _model_stamp(job.model), job.seed]
             case "score":
                 pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
@@ -481,6 +479,13 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()}
     return {path: value}
+
+
+def differences(before: config.Job, after: config.Job) -> list[str]:
+    """Settings in which two jobs differ, as `a.b: old -> new`."""
+    old, new = (_flat(j.model_dump(mode="json")) for j in (before, after))
+    moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
 
 
 def _model_stamp(model: config.Model) -> str:

@@ -42,7 +42,10 @@ FROM = {s: list(STAGES[STAGES.index(s) :]) for s in STAGES}
         ({"model": {"name": "other/model"}}, FROM["generate"]),
         ({"generate": {"samples": 7}}, FROM["generate"]),
         ({"generate": {"sampling": {"temperature": 0.5}}}, FROM["generate"]),
-        ({"control": {"attributes": [{"name": "brevity", "levels": 3}]}}, FROM["generate"]),
+        # answers are sampled and scored without codes
+        ({"control": {"attributes": [{"name": "brevity", "levels": 3}]}}, FROM["distill"]),
+        ({"control": {"attributes": [{"name": "brevity", "levels": 2}], "encoding": "text"}}, FROM["distill"]),
+        ({"control": {"attributes": [{"name": "short", "levels": 2, "score": "brevity"}]}}, FROM["score"]),
         ({"distill": {"keep_truncated": True}}, FROM["score"]),
         ({"distill": {"max_examples": 7}}, FROM["distill"]),
         ({"train": {"epochs": 3}}, FROM["train"]),
