@@ -36,7 +36,7 @@ from ctrlray.tables import Storage
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
-_UPSTREAM: Mapping[str, tuple[str, ...]] = {
+UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "prompts": (),
     "generate": ("prompts",),
     "score": ("generate",),
@@ -80,7 +80,7 @@ class Run:
         """Every stage's key."""
         made: dict[str, str] = {}
         for stage in STAGES:
-            made[stage] = schema.digest(stage, schema.VERSION, self._settings(stage), [made[u] for u in _UPSTREAM[stage]])
+            made[stage] = schema.digest(stage, schema.VERSION, self._settings(stage), [made[u] for u in UPSTREAM[stage]])
         return made
 
     def out(self, stage: str) -> Storage:
@@ -149,14 +149,14 @@ class Run:
         """Whether a stage is finished, and if not, why it has to run."""
         if self.result(stage) is not None:
             return "finished"
-        if waiting := [u for u in _UPSTREAM[stage] if self.result(u) is None]:
+        if waiting := [u for u in UPSTREAM[stage] if self.result(u) is None]:
             return f"follows {waiting[0]}"
         before = self.previous
         if before is None or not before.out(stage).exists():
             return "never ran"
         if before.keys[stage] == self.keys[stage]:
             return "cut off: goes on"
-        moved = [u for u in _UPSTREAM[stage] if before.keys[u] != self.keys[u]]
+        moved = [u for u in UPSTREAM[stage] if before.keys[u] != self.keys[u]]
         return f"new output of {moved[0]}" if moved else "settings or data changed"
 
     def content(self, source: config.PromptSource) -> str:
@@ -225,7 +225,7 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     if current.result(stage) is not None:
         progress.note("finished before, unchanged")
         return
-    for needed in _UPSTREAM[stage]:
+    for needed in UPSTREAM[stage]:
         if current.result(needed) is None:
             raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
     if stage in _ON_RAY:
@@ -282,7 +282,7 @@ def _await_fit(job: config.Job, progress: Progress) -> None:
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
     try:
-        while (problem := placement.misfit(job, groups, _nodes(), shape)) is not None:
+        while (problem := placement.misfit(job, groups, nodes(), shape)) is not None:
             if time.monotonic() >= end:
                 waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
                 raise ClusterError(problem + waited)
@@ -296,7 +296,8 @@ def _await_fit(job: config.Job, progress: Progress) -> None:
             request_resources(bundles=[])  # and what the stages of an admitted one reserve keeps its nodes
 
 
-def _nodes() -> list[placement.Node]:
+def nodes() -> list[placement.Node]:
+    """Logical resources of the nodes that are alive."""
     import ray
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"]]

@@ -151,7 +151,7 @@ def cluster(monkeypatch):
     monkeypatch.setattr(models, "resolve", lambda model: None)
     monkeypatch.setattr(models, "shape", lambda folder: None)
     monkeypatch.setattr(pipeline, "_GROWTH_POLL_S", 0.01)
-    monkeypatch.setattr(pipeline, "_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    monkeypatch.setattr(pipeline, "nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
     return asked, looks
 
 
@@ -193,7 +193,7 @@ def test_nodes_that_died_hold_nothing(monkeypatch):
 
     there = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0 * 2**30}}
     monkeypatch.setattr(ray, "nodes", lambda: [there, there | {"Alive": False}])
-    assert pipeline._nodes() == [Node(4.0, 0, 8.0)]
+    assert pipeline.nodes() == [Node(4.0, 0, 8.0)]
 
 
 @pytest.mark.parametrize(
