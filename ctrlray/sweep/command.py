@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from ctrlray.config import Job
@@ -47,15 +48,22 @@ def describe(plan: Plan) -> list[str]:
         total += minutes
         said += ["", f"{name}{_cost(minutes)}", *(f"    {change}" for change in plan.changes(name))]
         for kind in (True, False):
-            stages = [s for s in plan.stages(name) if s.shared == kind]
-            said.append(f"    {'shared' if kind else 'own':<9} {', '.join(map(_stage, stages))}")
+            told = itertools.groupby((s for s in plan.stages(name) if s.shared == kind), _told)
+            said.append(f"    {'shared' if kind else 'own':<9} {'; '.join(f'{_names(stages)}: {how}' for how, stages in told)}")
     return [*said, "", f"at most {total:.0f} minutes on 2 cores, one variant at a time"]
 
 
-def _stage(plan: StagePlan) -> str:
-    """`distill (other settings; never ran)`; what only follows another stage says so once."""
-    said = [plan.state] if plan.state == "finished" else [plan.why, plan.state]
-    return f"{plan.stage} ({'; '.join(dict.fromkeys(said))})"
+def _names(stages: Iterable[StagePlan]) -> str:
+    return ", ".join(s.stage for s in stages)
+
+
+def _told(stage: StagePlan) -> str:
+    """`finished`, or why it is to be done and what is there of it already."""
+    if stage.state == "finished":
+        return stage.state
+    why = "new input" if stage.why.startswith("follows") else stage.why
+    waits = stage.state == "never ran" or stage.state.startswith("follows")
+    return why if waits else f"{why}, {stage.state}"
 
 
 def _minutes(job: Job, stages: Sequence[str]) -> float:
