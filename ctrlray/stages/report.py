@@ -18,8 +18,14 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from ctrlray.stages import report_checks as checks
+from ctrlray.stages import report_cost as cost
+from ctrlray.stages import report_dial as dial
 from ctrlray.stages import report_figures as figures
+from ctrlray.stages import report_methods as methods
 from ctrlray.stages import report_tables as tables
+from ctrlray.stages import report_trades as trades
+from ctrlray.stages import report_training as training
 from ctrlray.stages.report_verdict import alarms_of, is_baseline, verdict
 
 TEMPLATE = "report.html.j2"
@@ -50,13 +56,29 @@ class ReportData:
     cells_after: Mapping[str, int] = field(default_factory=dict)
     strategy: str = ""
     curves: Mapping[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    """Per method: points with step and any of the keys of `report_training.CURVES`."""
     passes: Mapping[str, str] = field(default_factory=dict)
     """In words, how each method's training shared prompts."""
-    """Per method: points with step and any of the keys of `report_figures.CURVES`."""
     code_gaps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per method: value, low, high, num_examples; NLL under wrong codes minus under the right one, nats per token."""
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per method, as `ctrlray.metrics.grid` makes them."""
+    comparisons: Sequence[Mapping[str, Any]] = ()
+    """Paired tests, as `ctrlray.metrics.compare` makes them."""
+    judge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """`metrics` again, under held-out judges."""
+    correlation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per attribute: overall, within_prompt and num_answers of the judge against the training reward."""
+    hacking: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per method: points [{step, reward, judge, kl, length}], rule, alarm, changes."""
+    refusals: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per prompt set: attribute, methods {method: {level: {label: {value, low, high, num_answers}}}}."""
+    sets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Per further prompt set: metrics and judge, each as above."""
+    costs: Mapping[str, Any] = field(default_factory=dict)
+    """As `ctrlray.cost.cost` makes them."""
+    projections: Sequence[Mapping[str, Any]] = ()
+    """As `ctrlray.cost.project` makes them."""
     pool_slopes: Sequence[Sequence[Any]] | None = None
     samples: Sequence[Mapping[str, Any]] = ()
     """prompt, method, cells [{levels, text, units, finish_reason}]."""
@@ -88,8 +110,7 @@ def _environment() -> Environment:
 def _context(data: ReportData) -> dict[str, Any]:
     names = [str(a["name"]) for a in data.attributes]
     levels = [int(a["levels"]) for a in data.attributes]
-    sampled = [str(s["method"]) for s in data.samples]
-    look = figures.styles([*data.metrics, *data.curves, *data.code_gaps, *sampled])
+    look = figures.styles(_every_method(data))
     plotly_js, page_js = Markup(get_plotlyjs()), Markup(_script())
     return {
         "data": data,
@@ -105,19 +126,68 @@ def _context(data: ReportData) -> dict[str, Any]:
         "total_seconds": tables.total_seconds(data.ledger),
         "cells": _cells(names, levels, data),
         "curves": [
-            *figures.curve_figures(data.curves, look),
-            *figures.achieved_figures(names, data.curves),
-            *figures.phase_figures(data.curves),
+            *training.curve_figures(data.curves, look),
+            *training.achieved_figures(names, data.curves),
+            *training.phase_figures(data.curves),
         ],
-        "overview": tables.overview_table(data.metrics, data.code_gaps) if data.metrics or data.code_gaps else None,
-        "responses": figures.response_figures(names, levels, data.metrics, look),
-        "level_tables": [tables.level_table(n, data.metrics) for n in names] if data.metrics else [],
-        "metric_tables": [t for n in names if (t := tables.metric_table(n, data.metrics))],
+        "responses": dial.response_figures(names, levels, data.metrics, look),
+        "level_tables": [trades.level_table(n, data.metrics) for n in names] if data.metrics else [],
+        "heats": dial.heat_figures(names, levels, data.metrics),
+        "pareto": dial.pareto_figures(names, data.metrics, look),
+        "trade": trades.trade_table(names, data.metrics),
+        **_compared(names, data),
         "slopes": _slopes(names, data),
+        "entanglement": trades.entanglement_table(data.metrics, data.pool_slopes),
+        **_checked(names, data, look),
+        **_spent(data),
         "samples": _samples(data.samples),
+        "sampled": list(dict.fromkeys(str(s["method"]) for s in data.samples)),
+        "levels": levels,
         "reward": tables.pairs_table("Reward model", data.reward_card) if data.reward_card else None,
         "versions": tables.pairs_table("Versions", data.versions),
         "machine": tables.pairs_table("Machine", data.machine),
+    }
+
+
+def _every_method(data: ReportData) -> list[str]:
+    sampled = [str(s["method"]) for s in data.samples]
+    refusing = [m for found in data.refusals.values() for m in found["methods"]]
+    in_sets = [m for found in data.sets.values() for m in found["metrics"]]
+    compared = [c[side] for c in data.comparisons for side in ("first", "second")]
+    return [*data.metrics, *data.curves, *data.code_gaps, *sampled, *refusing, *in_sets, *compared, *data.hacking]
+
+
+def _compared(names: Sequence[str], data: ReportData) -> dict[str, Any]:
+    found = [methods.metric_table(n, data.metrics, data.judge, data.comparisons) for n in names]
+    return {
+        "overview": methods.overview_table(data.metrics, data.code_gaps) if data.metrics or data.code_gaps else None,
+        "metric_tables": [t for t in found if t],
+        "comparisons": methods.comparison_table(data.comparisons) if data.comparisons else None,
+        "texts": methods.text_table(data.metrics),
+        "correlation": methods.correlation_table(data.correlation) if data.correlation else None,
+    }
+
+
+def _checked(names: Sequence[str], data: ReportData, look: Mapping[str, figures.Style]) -> dict[str, Any]:
+    sets = data.sets.items()
+    return {
+        "set_tables": [methods.set_table(name, names, found["metrics"], found.get("judge") or {}) for name, found in sets],
+        "hacking": checks.hacking_figures(data.hacking),
+        "hacking_table": checks.hacking_table(data.hacking),
+        "parted": [m for m, course in data.hacking.items() if course.get("alarm")],
+        "refusals": checks.refusal_figures(data.refusals, look),
+        "refusal_tables": checks.refusal_tables(data.refusals),
+        "refusing": list(dict.fromkeys(m for found in data.refusals.values() for m in found["methods"])),
+    }
+
+
+def _spent(data: ReportData) -> dict[str, Any]:
+    known = bool(data.costs)
+    return {
+        "cost_figures": cost.cost_figures(data.costs) if known else [],
+        "cost": cost.cost_table(data.costs) if known else None,
+        "projections": cost.projection_table(data.costs, data.projections) if known and data.projections else None,
+        "assumptions": list(data.projections[0]["assumptions"]) if data.projections else [],
     }
 
 
@@ -152,23 +222,27 @@ def _slopes(names: Sequence[str], data: ReportData) -> dict[str, Any]:
     pool = {"data pool": data.pool_slopes} if data.pool_slopes else {}
     shown = {**pool, **plain}
     if len(names) == 1:
-        return {"figures": [], "tables": [tables.single_slope_table(names[0], shown, adjusted)] if shown else []}
+        return {"figures": [], "tables": [trades.single_slope_table(names[0], shown, adjusted)] if shown else []}
     return {
-        "figures": [figures.slope_figure(m, names, s) for m, s in shown.items()],
+        "figures": [dial.slope_figure(m, names, s) for m, s in shown.items()],
         "tables": [
-            *(tables.slope_table(m, names, s) for m, s in shown.items()),
-            *(tables.slope_table(m, names, s, length=True) for m, s in adjusted.items()),
+            *(trades.slope_table(m, names, s) for m, s in shown.items()),
+            *(trades.slope_table(m, names, s, length=True) for m, s in adjusted.items()),
         ],
     }
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Sample answers by prompt, then method; the first prompts' trained methods are unfolded."""
+    """Sample answers by prompt, then method; the first prompts' trained methods are unfolded.
+
+    The starting model is free: its one answer was given to no setting.
+    """
     by_prompt: dict[str, list[dict[str, Any]]] = {}
     for sample in samples:
         cells = sorted(sample["cells"], key=lambda c: tuple(c["levels"]))
         columns = len({tuple(c["levels"])[-1] for c in cells}) if cells else 1
-        entry = {"method": str(sample["method"]), "cells": cells, "columns": min(columns, 5)}
+        method = str(sample["method"])
+        entry = {"method": method, "cells": cells, "columns": min(columns, 5), "free": method == "start"}
         by_prompt.setdefault(str(sample["prompt"]), []).append(entry)
     return [
         {

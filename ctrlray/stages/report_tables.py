@@ -11,14 +11,6 @@ NONE = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 MAX_ROWS = 100
 
-METRICS = {
-    "pairwise": "Pairwise order accuracy (chance 0.5)",
-    "mae": "Mean absolute error, levels (0 is best)",
-    "bias": "Bias, levels (0 is best)",
-    "spearman_level_means": "Spearman of the level means (1 is best)",
-    "spearman_rows": "Spearman of the rows (1 is best)",
-}
-
 
 @dataclass(frozen=True)
 class Cell:
@@ -30,6 +22,8 @@ class Cell:
     bar: float | None = None
     method: str = ""
     """A method whose colour mark stands before the text."""
+    better_than: tuple[str, ...] = ()
+    """Methods that this value is significantly better than."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +35,21 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     numeric: bool = True
     """Cells after the first hold numbers and are set to the right."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over several columns: title and number of columns, from the left; none when empty."""
 
 
-def table(caption: str, header: Iterable[str], rows: Iterable[Iterable[Cell | str]], *, numeric: bool = True) -> Table:
+def table(
+    caption: str,
+    header: Iterable[str],
+    rows: Iterable[Iterable[Cell | str]],
+    *,
+    numeric: bool = True,
+    groups: Iterable[tuple[str, int]] = (),
+) -> Table:
     """Make a Table; plain strings become cells."""
     cells = tuple(tuple(Cell(c) if isinstance(c, str) else c for c in row) for row in rows)
-    return Table(caption, tuple(header), cells, numeric)
+    return Table(caption, tuple(header), cells, numeric, tuple(groups))
 
 
 def is_number(value: object) -> TypeGuard[int | float]:
@@ -166,10 +169,7 @@ def cells_table(attributes: Sequence[str], before: Mapping[str, int], after: Map
     return table(
         f"Rows per level cell ({', '.join(attributes)}).{note}",
         ("Cell", "Before", "After"),
-        [
-            [", ".join(map(str, levels_of(k))), number(before.get(k, 0)), number(after.get(k, 0))]
-            for k in keys[:MAX_ROWS]
-        ],
+        [[", ".join(map(str, levels_of(k))), number(before.get(k, 0)), number(after.get(k, 0))] for k in keys[:MAX_ROWS]],
     )
 
 
@@ -178,114 +178,12 @@ def levels_of(cell: str) -> tuple[int, ...]:
     return tuple(int(part) for part in cell.split(","))
 
 
-def metric_table(attribute: str, metrics: Mapping[str, Any]) -> Table | None:
-    """One attribute: each method as measured, and again with answer length held constant."""
-    rows: list[list[Cell]] = []
-    for method, result in metrics.items():
-        measured = (result.get("attributes") or {}).get(attribute)
-        if not measured:
-            continue
-        rows.append([Cell(method, method=method), Cell("as it is"), *_metric_cells(measured)])
-        adjusted = measured.get("length_adjusted")
-        if adjusted:
-            rows.append([Cell(method, method=method), Cell("held constant", tone="muted"), *_metric_cells(adjusted)])
-    if not rows:
-        return None
-    return table(f"{attribute}: values with 95% intervals", ("Method", "Length", *METRICS.values()), rows)
-
-
-def _metric_cells(values: Mapping[str, Any]) -> list[Cell]:
-    return [metric_cell(values.get(key), 0.5 if key == "pairwise" else None) for key in METRICS]
-
-
-def metric_cell(value: Any, reference: float | None = None) -> Cell:
+def metric_cell(value: Any, reference: float | None = None, better_than: tuple[str, ...] = ()) -> Cell:
     """A value over its interval; coloured when a reference is given and lies outside."""
     side = 0 if reference is None else outside(value, reference)
     tone = {1: "good", -1: "bad", 0: ""}[side]
     shown = point(value)
-    return Cell(number(shown), note=bounds(value), tone=tone if shown is not None else "muted")
-
-
-def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> Table:
-    """One row per method: what was answered, how long the answers are, and the code gap."""
-    header = (
-        "Method",
-        "Answers",
-        "Prompts",
-        "Tokens per answer",
-        "Finished",
-        "Prompts whose answers differ",
-        "Code gap, nats/token",
-    )
-    rows = []
-    for method in dict.fromkeys([*metrics, *code_gaps]):
-        result = metrics.get(method) or {}
-        finished, excluded = point(result.get("finished")), result.get("num_excluded")
-        rows.append(
-            [
-                Cell(method, method=method),
-                Cell(
-                    number(result.get("num_rows")), note=f"{number(excluded)} more without a score" if excluded else ""
-                ),
-                Cell(number(result.get("num_prompts"))),
-                Cell(number(point(result.get("mean_tokens")), 1), note=bounds(result.get("mean_tokens"), 1)),
-                Cell(percent(finished)),
-                Cell(percent(point(result.get("distinct_outputs")))),
-                gap_cell(code_gaps.get(method)),
-            ]
-        )
-    caption = "Methods on the same held-out prompts. The code gap is NLL under wrong codes minus under the right one."
-    return table(caption, header, rows)
-
-
-def gap_cell(gap: Any) -> Cell:
-    """The code gap with its interval and number of examples."""
-    if not gap:
-        return Cell(NONE, tone="muted")
-    cell = metric_cell(gap, 0.0)
-    value = point(gap)
-    note = f"{bounds(gap, 3)} {number(gap.get('num_examples'))} examples"
-    return Cell(number(value, 3), note=note.strip(), tone=cell.tone)
-
-
-def level_table(attribute: str, metrics: Mapping[str, Any]) -> Table:
-    """Mean achieved units per requested level: the numbers of the requested-vs-achieved plot."""
-    means = {m: level_means(r, attribute) for m, r in metrics.items()}
-    levels = sorted({level for per in means.values() for level in per})
-    rows = [
-        [Cell(m, method=m), *(Cell(number(point(per.get(k))), note=bounds(per.get(k))) for k in levels)]
-        for m, per in means.items()
-        if per
-    ]
-    return table(f"Mean achieved {attribute} per requested level", ("Method", *map(str, levels)), rows)
-
-
-def level_means(result: Mapping[str, Any], attribute: str) -> dict[int, Any]:
-    """Level -> interval, with whole numbers as keys whatever JSON made of them."""
-    return {int(k): v for k, v in ((result.get("level_means") or {}).get(attribute) or {}).items()}
-
-
-def slope_table(
-    name: str, attributes: Sequence[str], slopes: Sequence[Sequence[Any]], *, length: bool = False
-) -> Table:
-    """Slopes as numbers, rows requested, columns achieved."""
-    rows = [
-        [Cell(f"requested {a}"), *(Cell(number(point(v)), note=bounds(v)) for v in row)]
-        for a, row in zip(attributes, slopes, strict=False)
-    ]
-    held = ", length held constant" if length else ""
-    return table(f"{name}: levels achieved per level requested{held}", ("", *attributes), rows)
-
-
-def single_slope_table(attribute: str, slopes: Mapping[str, Any], adjusted: Mapping[str, Any]) -> Table:
-    """One attribute has no matrix: a row per method instead."""
-
-    def cell(matrix: Any) -> Cell:
-        value = matrix[0][0] if matrix and matrix[0] else None
-        return Cell(number(point(value)), note=bounds(value))
-
-    rows = [[Cell(m), cell(matrix), cell(adjusted.get(m))] for m, matrix in slopes.items()]
-    return table(f"{attribute}: levels achieved per level requested", ("", "as it is", "length held constant"), rows)
+    return Cell(number(shown), note=bounds(value), tone=tone if shown is not None else "muted", better_than=better_than)
 
 
 def pairs_table(caption: str, values: Mapping[str, Any]) -> Table:

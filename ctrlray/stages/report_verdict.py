@@ -21,9 +21,7 @@ ADVICE = {
         "Use a milder strategy (distill.strategy: balance), a larger distill.outer, or fewer levels; "
         "look at the sample answers for one that repeats itself."
     ),
-    "empty-cell": (
-        "Sample more answers (generate.samples), add behaviours that reach this cell, or ask for fewer levels."
-    ),
+    "empty-cell": ("Sample more answers (generate.samples), add behaviours that reach this cell, or ask for fewer levels."),
     "cells-unbalanced-after-balance": (
         "Raise generate.samples or lower distill.max_examples, so that every cell has rows enough."
     ),
@@ -34,9 +32,7 @@ ADVICE = {
     "most-answers-truncated": "Raise sampling.max_tokens, or add a behaviour that asks for short complete answers.",
     "rows-quarantined": "Read the quarantine table: it holds each row's id and error.",
     "no-code-gap": "The model does not read its code: more epochs, a higher control_rate, or a larger ExMATE weight.",
-    "rewards-correlated": (
-        "Dials cannot move apart where their rewards do not: use rewards that disagree, or more behaviours."
-    ),
+    "rewards-correlated": ("Dials cannot move apart where their rewards do not: use rewards that disagree, or more behaviours."),
     "length-explains-the-dial": (
         "The reward follows answer length: use a reward that is neutral to length, or ask for answers of equal length."
     ),
@@ -131,9 +127,7 @@ def _gap_headline(method: str, gap: Mapping[str, Any]) -> str:
     return f"On held-out examples {method} does not measurably read its control codes."
 
 
-def _attribute_finding(
-    method: str, attribute: str, index: int, attributes: Sequence[str], result: Mapping[str, Any]
-) -> Finding:
+def _attribute_finding(method: str, attribute: str, index: int, attributes: Sequence[str], result: Mapping[str, Any]) -> Finding:
     measured = result["attributes"][attribute]
     pairwise = measured.get("pairwise")
     found = interval(pairwise)
