@@ -444,6 +444,31 @@ def _runs_show(name: str) -> None:
             click.echo(f"\n{len(left)} outputs of other settings; `ctrlray runs clean {name}` deletes them")
 
 
+_COST = "ctrlray runs cost quickstart\nctrlray runs cost quickstart --params 7e9 --rows 100000 --speedup 400 --json cost.json"
+
+
+@_command(_runs, "cost", "Show what each stage of a run cost, and project it to another size.", _COST)
+@click.argument("name", shell_complete=_complete_run)
+@click.option("--params", type=float, help="Project to a model of so many parameters.")
+@click.option("--rows", type=int, help="Project to so many sampled answers.")
+@click.option("--speedup", type=float, default=1.0, help="Project to devices so many times as fast.")
+@click.option("--run-params", type=float, help="Parameters of the run's own model, where it is not on this machine.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a JSON file too.")
+def _runs_cost(
+    name: str, params: float | None, rows: int | None, speedup: float, run_params: float | None, file: Path | None
+) -> None:
+    import json
+
+    from ctrlray import runs
+    from ctrlray.cost import lines
+
+    with _readable_errors():
+        found = runs.cost(runs.locate(name), params, rows, speedup, run_params)
+        click.echo("\n".join(lines(found)))
+        if file:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 @_command(_runs, "clean", "Delete what a run's job no longer refers to, or the whole run.", "ctrlray runs clean quickstart")
 @click.argument("name", shell_complete=_complete_run)
 @click.option("--all", "everything", is_flag=True, help="Delete the whole run.")

@@ -27,6 +27,7 @@ import pyarrow as pa
 import yaml
 
 from ctrlray import __version__, config, models, placement, schema
+from ctrlray.clock import Clock
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.lease import Lease
@@ -234,9 +235,10 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
         start_ray(current.job.cluster)
         _await_fit(current.job, progress)
     began = time.time()
-    result = _RUNNERS[stage](current, Tracked(progress, trackers, stage)).check(stage)
+    with Clock(progress, current.out(stage)) as clock:
+        result = _RUNNERS[stage](current, Tracked(clock, trackers, stage)).check(stage)
     record = result.to_dict() | {
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(clock.seconds, 1),
         "started": _stamp(began),
         "key": current.keys[stage],
     }
