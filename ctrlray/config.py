@@ -793,9 +793,8 @@ class Job(Frozen):
     def _check_sets(self, names: Mapping[str, Attribute]) -> None:
         for s in self.evaluate.sets:
             if s.attribute is not None and s.attribute not in names:
-                raise ValueError(
-                    f"evaluate.sets.{s.name}.attribute={s.attribute!r} is no attribute of the control space, which has {sorted(names)}"
-                )
+                what = f"evaluate.sets.{s.name}.attribute={s.attribute!r}"
+                raise ValueError(f"{what} is no attribute of the control space, which has {sorted(names)}")
 
     def _check_grid(self) -> None:
         if self.evaluate.levels is None:

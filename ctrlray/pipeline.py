@@ -320,7 +320,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
     here, out = current.out("generate"), current.out("score")
     streams = "score" in current.stages
-    notes = generate.journals(here) + (score.journals(current.job, out) if streams else [])
+    notes = generate.journals(here) + (score.journals(current.job.teachers, out) if streams else [])
     progress.note("preparing the model")
     return generate.run(
         prompts,
@@ -331,7 +331,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
         here,
         progress,
         generate.patience("generate", current.job.cluster.stall_timeout_s, notes),
-        then=(lambda stream: score.score_stream(stream, current.job, chats, out)) if streams else None,
+        then=(lambda stream: score.score_stream(stream, current.job, current.job.teachers, chats, out)) if streams else None,
     )
 
 

@@ -81,7 +81,7 @@ def _status(result: Mapping[str, Any]) -> str:
 
 def _reward_card(run: Run) -> dict[str, str] | None:
     """What is known of the embedded heads, when the job uses them; rewards of the user's own bring their own cards."""
-    for reward in run.job.rewards:
+    for reward in run.job.teachers:
         if isinstance(reward, config.EmbeddedReward):
             path = Path(reward.heads) if reward.heads else Path(str(resources.files("ctrlray") / "assets/heads/smollm2-hh"))
             file = path.with_suffix(".json")

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
@@ -120,7 +120,7 @@ class TfidfHeads:
         scale = (np.maximum(np.abs(weights).max(axis=1), 1e-12) / STEPS).astype(np.float32)
         steps = np.rint(weights / scale[:, None]).clip(-STEPS, STEPS).astype(np.int8)
         raw = cls(tuple(attributes), vocabulary, steps, scale, np.zeros(len(scale), np.float32))
-        return cls(tuple(attributes), vocabulary, steps, scale, -raw.score(centre).astype(np.float64).mean(axis=0).astype(np.float32))
+        return replace(raw, bias=-raw.score(centre).astype(np.float64).mean(axis=0).astype(np.float32))
 
     def score(self, features: Any) -> Floats:
         """Scores [N, A], float32, in log-odds of preference, of rows [N, V] that `vocabulary.vectors` made."""
