@@ -637,6 +637,8 @@ class Evaluate(Frozen):
     batch_size: Annotated[int, Field(ge=1)] = 128
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples over prompts for the 95% intervals."""
+    judged_rollouts: Annotated[int, Field(ge=1)] = 1000
+    """Of PPO's rollouts, as many of each step, that judges score to tell reward hacking."""
     sets: tuple[PromptSet, ...] = ()
     """Other prompts to answer under the same settings; one engine start serves them all."""
 

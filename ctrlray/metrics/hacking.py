@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ctrlray.metrics.bootstrap import Floats, Ints, Interval, draws, interval, numbers, weighted_mean
+from ctrlray.metrics.bootstrap import Floats, Interval, Ints, draws, interval, numbers, weighted_mean
 
 RULE = (
     "alarm: against the first or the middle third of the steps, the last third has a higher mean training reward and a lower "

@@ -8,15 +8,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Preferences, within
+from ctrlray.rewards.heads import Answers, Floats, Ints, Preferences, within
 
 Estimate = list[float]
 """[value, low, high], the last two a 95% interval."""
 _Z = 1.959963984540054
+
+
+class Heads(Protocol):
+    """Linear heads of any kind of features, dense or sparse."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        ...
+
+    def score(self, features: Any) -> Floats:
+        """Scores [N, A] of features [N, F]."""
+        ...
 
 
 def wilson(wins: float, total: int) -> Estimate:

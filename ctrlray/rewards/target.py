@@ -28,7 +28,7 @@ def evaluation_of(what: str, data: Sequence[str], overrides: Sequence[str]) -> R
     if data:
         raise ConfigError(f"--data {data[0]!r}: {what} names its labels itself; add them to its `sources`")
     if not path.is_file():
-        raise ConfigError(f"no job file at {what!r}; give one, or with --data a model folder, a heads file, `embedded` or `tfidf`")
+        raise ConfigError(f"no job file at {what!r}; give one, or with --data a model folder, a heads file or one of {PACKAGED}")
     raw = config.read_job(path, overrides)
     if "reward" in raw:
         return config.parse(RewardEvaluateJob, raw, where=str(path))

@@ -163,7 +163,8 @@ def _row(name: str, raw: Any, column: str | None) -> Row:
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = value[0]  # a list of user turns (MT-bench): the opening
     if isinstance(value, str):
-        return Row(name, [Message(role="user", content=value)], "", label) if value.strip() else Row(name, None, f"{key} is empty")
+        asked = [Message(role="user", content=value)]
+        return Row(name, asked, label=label) if value.strip() else Row(name, None, f"{key} is empty")
     return _conversation(name, key, value)._replace(label=label)
 
 
