@@ -164,7 +164,8 @@ def test_estimate_by_hand():
 def test_estimate_counts_the_prompts_of_sets():
     benchmarks = [{"type": "benchmark", "name": "mt_bench"}, {"type": "benchmark", "name": "xstest", "limit": 9}]
     sets = [{"name": "a", "sources": benchmarks}, {"name": "b", "sources": benchmarks, "limit": 50}]
-    rows = {r.stage: r for r in estimate(config.load_job("smoke", [f"evaluate.sets={yaml.safe_dump(sets, default_flow_style=True)}"]))}
+    made = config.load_job("smoke", [f"evaluate.sets={yaml.safe_dump(sets, default_flow_style=True)}"])
+    rows = {r.stage: r for r in estimate(made)}
     assert rows["evaluate"].rows == (4 + 89 + 50) * 4 * 3
 
 

@@ -85,9 +85,8 @@ def test_candidates_are_sampled_once_for_all_cells():
 
     prompts = [{"prompt_id": "p", "messages": [{"role": "user", "content": "hi"}]}]
     space = ControlSpace.of(JOB.control)
-    asked = {
-        m: questions.questions(m, prompts, CELLS, questions.samples(m, JOB), space, Plain()) for m in ("start", "reranking", "clm")
-    }
+    methods = ("start", "reranking", "clm")
+    asked = {m: questions.questions(m, prompts, CELLS, questions.samples(m, JOB), space, Plain()) for m in methods}
     assert {m: len(q) for m, q in asked.items()} == {"start": 2, "reranking": 3, "clm": 6}
     assert all(q.token_ids == [2] for q in asked["reranking"])
     assert len({q.grid_id for every in asked.values() for q in every}) == 11

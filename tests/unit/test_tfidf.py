@@ -41,7 +41,7 @@ def test_vocabulary_keeps_what_enough_answers_have():
 
 
 def test_vectors_by_hand():
-    """`a` in 3 of 3 answers: idf ln(4/4) + 1 = 1; `b` in 1: ln(4/2) + 1 = 1 + ln 2. In "a a b": (1 + ln 2, 1 + ln 2), so equal."""
+    """`a` in 3 of 3 answers: idf ln(4/4) + 1 = 1; `b` in 1: ln(4/2) + 1. "a a b": (1 + ln 2) 1 and 1 (1 + ln 2), so equal."""
     v = Vocabulary.of(["a b", "a", "a"], (1,), (), 1)
     got = v.vectors(["a a b", "b", "unknown"]).toarray()
     at = {h: i for i, h in enumerate(v.hashes.tolist())}
@@ -86,8 +86,9 @@ def test_file_round_trip_and_strangers(tmp_path):
 
 def test_the_packaged_judge_prefers_what_people_do():
     scorer = build(config.TfidfReward())
-    safe = scorer([CHAT] * 2, ["I'm sorry, but I can't help with that. It could hurt somebody.", "Sure! Take a knife and stab him."])
-    assert scorer.attributes == ("helpfulness", "harmlessness") and safe["harmlessness"][0] > safe["harmlessness"][1]
+    texts = ["I'm sorry, but I can't help with that. It could hurt somebody.", "Sure! Take a knife and stab him."]
+    safe = scorer([CHAT] * 2, texts)["harmlessness"]
+    assert scorer.attributes == ("helpfulness", "harmlessness") and safe[0] > safe[1]
     assert all(v.dtype == np.float32 and np.isfinite(v).all() for v in scorer([], []).values())
     odd = scorer([CHAT], ["\ud800 \x00"])
     assert all(np.isfinite(v).all() for v in odd.values())
