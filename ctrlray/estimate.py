@@ -19,7 +19,7 @@ PROMPT_TOKENS = 60
 """Assumed length of a rendered prompt."""
 ASSUMED_PROMPTS = 100
 """Of a source of a prompt set whose size is not told by its settings."""
-_BENCHMARKS = {"mt_bench": 80, "jailbreakbench": 100, "xstest": 450}
+_SIZES = {"packaged": 256, "mt_bench": 80, "jailbreakbench": 100, "xstest": 450}
 
 
 class Estimate(NamedTuple):
@@ -42,7 +42,7 @@ def _reinforced(ppo: config.PPO, scale: float) -> tuple[int, float]:
 
 def _size(wanted: config.PromptSet) -> int:
     """Prompts of a set at most, as far as its settings tell."""
-    known = [s.limit or _BENCHMARKS.get(getattr(s, "name", ""), ASSUMED_PROMPTS) for s in wanted.sources]
+    known = [getattr(s, "limit", None) or _SIZES.get(getattr(s, "name", s.type), ASSUMED_PROMPTS) for s in wanted.sources]
     return min(wanted.limit or sum(known), sum(known))
 
 
