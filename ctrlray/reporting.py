@@ -70,11 +70,7 @@ def gather(run: Run) -> Any:
         metrics=metrics,
         pool_slopes=facts["pool_slopes"],
         samples=_samples(run),
-        alarms=[
-            *alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control),
-            *warnings,
-            *_parted(run),
-        ],
+        alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
         reward_card=_reward_card(run),
         **_evaluated(run),
         **_costs(run, results, model["parameters"]),
@@ -83,6 +79,8 @@ def gather(run: Run) -> Any:
 
 def _evaluated(run: Run) -> dict[str, Any]:
     """What the evaluation left beside its metrics; some of it only where the job has judges or prompt sets."""
+    from ctrlray.stages.judging import FOLDER
+
     out = run.out("evaluate")
     found = {n.removesuffix(".json"): out.read_json(n) for n in out.names(suffix=".json")}
     judge = found.get("judge", {})
@@ -90,6 +88,7 @@ def _evaluated(run: Run) -> dict[str, Any]:
     return {
         "comparisons": found.get("comparisons", ()),
         "judge": {m: r for m, r in judge.items() if m != "correlation"},
+        "judge_comparisons": out.read_json(FOLDER, "comparisons.json") if judge else (),
         "correlation": judge.get("correlation", {}),
         "hacking": found.get("hacking", {}),
         "refusals": found.get("refusals", {}),
@@ -173,21 +172,6 @@ def headline(run: Run, method: str) -> dict[str, str]:
     return figures
 
 
-def _parted(run: Run) -> list[dict[str, str]]:
-    """An alarm for every objective whose training reward rose while the judges' fell."""
-    out = run.out("evaluate")
-    found = out.read_json("hacking.json") if out.exists("hacking.json") else {}
-    return [
-        {
-            "name": "reward and judge part",
-            "severity": "warning",
-            "detail": f"{method}: the training reward rose while the judges' reward of the same answers fell.",
-        }
-        for method, course in found.items()
-        if course["alarm"]
-    ]
-
-
 def _interval(value: Mapping[str, Any]) -> str:
     if None in value.values():
         return "undefined" if value["value"] is None else f"{value['value']:.3f}"
@@ -197,7 +181,8 @@ def _interval(value: Mapping[str, Any]) -> str:
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Sample answers along the dial: a few prompts, all methods."""
     names = [a.name for a in run.job.control.attributes]
-    grid = run.out("evaluate").read_table("grid", schema.grid(names)).to_pylist()
+    judged = bool(run.job.judges)
+    grid = run.out("evaluate").read_table("grid", schema.grid(names, judged=judged)).to_pylist()
     prompts = {p["prompt_id"]: p["messages"] for p in run.prompts("eval").to_pylist()}
     methods = [o.type for o in run.job.train.objectives] + list(run.job.evaluate.methods)
     samples = []
@@ -210,6 +195,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
                     "levels": [r[f"requested_{n}"] for n in names],
                     "text": r["text"],
                     "units": [r[f"units_{n}"] for n in names],
+                    "judge": [r[f"judge_units_{n}"] for n in names] if judged else None,
                     "finish_reason": r["finish_reason"],
                 }
                 for r in rows[: 1 if method == "start" else None]

@@ -24,35 +24,27 @@
     row.append(...buttons);
     return row;
   };
-  const fileName = (title) => title.toLowerCase().replace(/[^a-z0-9]+/g, "-").replace(/^-|-$/g, "").slice(0, 60) || "figure";
+  const fileName = (element, title) => {
+    const section = element.closest("section[aria-labelledby]")?.getAttribute("aria-labelledby") ?? "page";
+    return `${section}-${title.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 48)}`.replace(/-+$/, "");
+  };
 
   const quoted = (value) => {
-    let text = String(value ?? "").replace(/<br>/g, " ").replace(/\u2212/g, "-");
-    if (/^[=+@\t]/.test(text)) text = `'${text}`; // a spreadsheet would run it
+    let text = String(value ?? "");
+    if (typeof value === "string" && /^[=+@\t-]/.test(text)) text = `'${text}`; // a spreadsheet would run it
     return /[",\n]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
   };
-  const csv = (rows) => rows.map((row) => row.map(quoted).join(",")).join("\n") + "\n";
-  const pointsOf = (trace) => {
-    if (trace.type === "heatmap") {
-      const cells = trace.y.flatMap((y, i) => trace.x.map((x, j) => [x, y, trace.z[i][j], trace.text?.[i]?.[j]]));
-      return cells.map(([x, y, z, text]) => ["", x, y, z, "", "", text]);
-    }
-    const error = trace.error_y ?? {};
-    const bound = (side, i, sign) => (error[side] ? trace.y[i] + sign * error[side][i] : "");
-    const extra = (i) => [trace.customdata?.[i] ?? ""].flat().join(" ");
-    return trace.x.map((x, i) => [trace.name, x, trace.y[i], "", bound("arrayminus", i, -1), bound("array", i, 1), extra(i)]);
-  };
-  const tableOf = (spec) => {
-    const title = (axis) => spec.layout[axis]?.title?.text ?? axis[0];
-    const shown = spec.data.filter((trace) => trace.hoverinfo !== "skip");
-    return [["series", title("xaxis"), title("yaxis"), "value", "low", "high", "note"], ...shown.flatMap(pointsOf)];
+  const csv = (rows) => rows.map((row) => row.map(quoted).join(",") + "\n").join("");
+  const csvButton = (holder, title) => {
+    const rows = JSON.parse(holder.querySelector("script.rows").textContent);
+    return button("CSV", title, () => save(`${fileName(holder, title)}.csv`, "text/csv", csv(rows)));
   };
 
-  for (const box of document.querySelectorAll("[data-spec]")) {
-    const spec = JSON.parse(document.getElementById(box.dataset.spec).textContent);
-    const caption = box.parentElement.querySelector("figcaption");
-    const title = caption.firstChild.textContent.trim();
-    const table = csv(tableOf(spec));
+  for (const figure of document.querySelectorAll("figure")) {
+    const box = figure.querySelector(".plot");
+    const spec = JSON.parse(figure.querySelector("script.spec").textContent);
+    const caption = figure.querySelector("figcaption");
+    const title = caption.querySelector("span").textContent;
     const scalable = () => {
       // with a view box, the print style can scale a drawing that was made for the screen's width
       for (const svg of box.querySelectorAll("svg.main-svg")) {
@@ -62,11 +54,11 @@
     };
     const drawing = async () => {
       const address = await Plotly.toImage(box, { format: "svg", width: box.clientWidth || 640, height: box.clientHeight || 400 });
-      save(`${fileName(title)}.svg`, "image/svg+xml", decodeURIComponent(address.slice(address.indexOf(",") + 1)));
+      save(`${fileName(figure, title)}.svg`, "image/svg+xml", decodeURIComponent(address.slice(address.indexOf(",") + 1)));
     };
-    caption.append(
-      saves(button("SVG", title, drawing), button("CSV", title, () => save(`${fileName(title)}.csv`, "text/csv", table))),
-    );
+    const buttons = [button("SVG", title, drawing)];
+    if (figure.querySelector("script.rows")) buttons.push(csvButton(figure, title));
+    caption.append(saves(...buttons));
     Plotly.newPlot(box, spec.data, spec.layout, config).then(() => {
       scalable();
       box.on("plotly_relayout", scalable);
@@ -74,11 +66,9 @@
     });
   }
 
-  for (const table of document.querySelectorAll(".scroll > table")) {
-    const title = table.caption.textContent.trim();
-    const text = (cell) => cell.innerText.replace(/\s+/g, " ").trim();
-    const read = () => csv([...table.rows].filter((r) => r.className !== "groups").map((r) => [...r.cells].map(text)));
-    table.caption.append(saves(button("CSV", title, () => save(`${fileName(title)}.csv`, "text/csv", read()))));
+  for (const holder of document.querySelectorAll(".scroll")) {
+    const caption = holder.querySelector("caption > span");
+    caption.append(saves(csvButton(holder, caption.textContent)));
   }
 
   const form = document.getElementById("filter");

@@ -1,22 +1,14 @@
-"""The run's report: one HTML page that needs nothing but a browser, and opens no connection.
+"""The run's report: what its one HTML page shows.
 
-`render` turns plain data into the page; it reads no tables and writes no files. Prompts and answers are untrusted text:
-the template escapes everything, and the page's content policy runs no script but the two that are hashed here.
+`render` turns plain data into the page; it reads no tables and writes no files. A panel without data is left out.
 """
 
 from __future__ import annotations
 
-import base64
-import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from importlib import resources
 from typing import Any
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from ctrlray.stages import report_checks as checks
 from ctrlray.stages import report_cost as cost
@@ -26,12 +18,12 @@ from ctrlray.stages import report_methods as methods
 from ctrlray.stages import report_tables as tables
 from ctrlray.stages import report_trades as trades
 from ctrlray.stages import report_training as training
-from ctrlray.stages.report_verdict import alarms_of, is_baseline, verdict
+from ctrlray.stages.report_alarms import alarms_of
+from ctrlray.stages.report_page import make_page
+from ctrlray.stages.report_verdict import is_baseline, verdict
 
 TEMPLATE = "report.html.j2"
-SCRIPT = "report.js"
 OPEN_PROMPTS = 2
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
 
 
 @dataclass(frozen=True)
@@ -67,6 +59,8 @@ class ReportData:
     """Paired tests, as `ctrlray.metrics.compare` makes them."""
     judge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """`metrics` again, under held-out judges."""
+    judge_comparisons: Sequence[Mapping[str, Any]] = ()
+    """`comparisons` again, under held-out judges."""
     correlation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per attribute: overall, within_prompt and num_answers of the judge against the training reward."""
     hacking: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -81,46 +75,27 @@ class ReportData:
     """As `ctrlray.cost.project` makes them."""
     pool_slopes: Sequence[Sequence[Any]] | None = None
     samples: Sequence[Mapping[str, Any]] = ()
-    """prompt, method, cells [{levels, text, units, finish_reason}]."""
+    """prompt, method, cells [{levels, text, units, finish_reason, judge: units or None}]."""
     alarms: Sequence[Mapping[str, Any]] = ()
     """name, severity (info, warning, error), detail; advice is looked up by name unless given."""
     reward_card: Mapping[str, Any] | None = None
 
 
 def render(data: ReportData) -> str:
-    """The page as text that UTF-8 can always hold."""
-    page = _environment().get_template(TEMPLATE).render(_context(data))
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-@cache
-def _environment() -> Environment:
-    # autoescape is unconditional: the default rule goes by file ending and would miss `.j2`
-    environment = Environment(
-        loader=PackageLoader("ctrlray", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=tables.number, percent=tables.percent, duration=tables.duration)
-    return environment
+    """The page as text."""
+    return make_page(TEMPLATE, **_context(data))
 
 
 def _context(data: ReportData) -> dict[str, Any]:
     names = [str(a["name"]) for a in data.attributes]
     levels = [int(a["levels"]) for a in data.attributes]
     look = figures.styles(_every_method(data))
-    plotly_js, page_js = Markup(get_plotlyjs()), Markup(_script())
     return {
         "data": data,
         "names": names,
         "look": look,
-        "plotly_js": plotly_js,
-        "page_js": page_js,
-        "policy": POLICY + " ".join(map(_hash, (plotly_js, page_js))),
-        "verdict": verdict(names, data.metrics, data.code_gaps),
-        "alarms": alarms_of(data.alarms, data.ledger),
+        "verdict": verdict(names, data.metrics, data.code_gaps, data.judge),
+        "alarms": alarms_of(data.alarms, data.ledger, data.hacking),
         "ledger": tables.ledger_table(data.ledger) if data.ledger else None,
         "unbalanced": [str(s.get("stage")) for s in data.ledger if tables.unaccounted(s)],
         "total_seconds": tables.total_seconds(data.ledger),
@@ -158,11 +133,15 @@ def _every_method(data: ReportData) -> list[str]:
 
 
 def _compared(names: Sequence[str], data: ReportData) -> dict[str, Any]:
-    found = [methods.metric_table(n, data.metrics, data.judge, data.comparisons) for n in names]
+    own, judged = data.comparisons, data.judge_comparisons
+    tables_of = [methods.metric_table(n, data.metrics, data.judge, own, judged) for n in names]
+    held = [methods.length_table(n, data.metrics, data.judge) for n in names]
+    tests = (("the training reward", own), ("the judge", judged))
     return {
         "overview": methods.overview_table(data.metrics, data.code_gaps) if data.metrics or data.code_gaps else None,
-        "metric_tables": [t for t in found if t],
-        "comparisons": methods.comparison_table(data.comparisons) if data.comparisons else None,
+        "metric_tables": [t for t in tables_of if t],
+        "length_tables": [t for t in held if t],
+        "comparisons": [methods.comparison_table(found, regime) for regime, found in tests if found],
         "texts": methods.text_table(data.metrics),
         "correlation": methods.correlation_table(data.correlation) if data.correlation else None,
     }
@@ -191,38 +170,31 @@ def _spent(data: ReportData) -> dict[str, Any]:
     }
 
 
-def _script() -> str:
-    return (resources.files("ctrlray") / "assets" / SCRIPT).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-
-
-def _cells(names: Sequence[str], levels: Sequence[int], data: ReportData) -> dict[str, Any]:
+def _cells(names: Sequence[str], levels: Sequence[int], data: ReportData) -> dict[str, Any] | None:
     """Figures and numbers of the level cells, and how many of all cells are empty."""
-    total = 1
-    for n in levels:
-        total *= n
     before, after = data.cells_before, data.cells_after
-    known = bool(before or after)
+    if not before and not after:
+        return None
+    total = math.prod(levels)
     return {
         "figures": figures.cell_figures(names, levels, before, after),
-        "table": tables.cells_table(names, before, after) if known else None,
+        "table": tables.cells_table(names, before, after),
         "total": total,
         "empty_before": total - sum(n > 0 for n in before.values()) if before else None,
         "empty_after": total - sum(n > 0 for n in after.values()) if after else None,
     }
 
 
-def _slopes(names: Sequence[str], data: ReportData) -> dict[str, Any]:
+def _slopes(names: Sequence[str], data: ReportData) -> dict[str, Any] | None:
     """Heat maps where there is something off the diagonal, numbers always."""
     plain = {m: r["slopes"] for m, r in data.metrics.items() if r.get("slopes")}
     adjusted = {m: r["slopes_length_adjusted"] for m, r in data.metrics.items() if r.get("slopes_length_adjusted")}
     pool = {"data pool": data.pool_slopes} if data.pool_slopes else {}
     shown = {**pool, **plain}
+    if not shown:
+        return None
     if len(names) == 1:
-        return {"figures": [], "tables": [trades.single_slope_table(names[0], shown, adjusted)] if shown else []}
+        return {"figures": [], "tables": [trades.single_slope_table(names[0], shown, adjusted)]}
     return {
         "figures": [dial.slope_figure(m, names, s) for m, s in shown.items()],
         "tables": [

@@ -8,8 +8,20 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ctrlray.stages.report_figures import Figure, Style, axis, curve, plot
-from ctrlray.stages.report_tables import Cell, Table, bounds, interval, is_number, metric_cell, number, percent, point, table
+from ctrlray.stages.report_figures import Figure, Rows, Style, axis, curve, plot
+from ctrlray.stages.report_tables import (
+    Cell,
+    Table,
+    interval,
+    is_number,
+    metric_cell,
+    number,
+    number_cell,
+    percent,
+    percent_cell,
+    point,
+    table,
+)
 
 TRAINED, JUDGED = Style("#2f7fc1", "circle", ""), Style("#d55e00", "square", "")
 LABELS = {"safe": "safe prompts that look unsafe", "unsafe": "prompts to be refused"}
@@ -29,12 +41,17 @@ def hacking_figures(hacking: Mapping[str, Any]) -> list[Figure]:
             words = "; ".join(f"{name} from {number(kept[0][1])} to {number(kept[-1][1])}" for name, _, kept in both if kept)
             title = f"{method}: training reward and judge"
             more: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("level units"), "legend": _LEGEND}
-            figures.append(plot(title, f"{title} by step: {words}.", traces, 300, note=_note(course), showlegend=True, **more))
+            drawn: Rows = [["step", "training reward", "judge", "rollouts"]]
+            drawn += [[p["step"], p.get("reward"), p.get("judge"), p.get("rollouts")] for p in points]
+            alt = f"{title} by step: {words}."
+            figures.append(plot(title, alt, traces, 300, note=_note(course), rows=drawn, showlegend=True, **more))
         for key, (title, unit) in _BESIDE.items():
             if kept := _known(points, key):
                 alt = f"{title} of {method} by step, from {number(kept[0][1])} to {number(kept[-1][1])} {unit}."
                 more = {"xaxis": axis("step"), "yaxis": axis(unit)}
-                figures.append(plot(f"{method}: {title}", alt, [curve(method, kept, TRAINED)], 300, note=unit, **more))
+                named = f"{method}: {title}"
+                traces = [curve(method, kept, TRAINED)]
+                figures.append(plot(named, alt, traces, 300, note=unit, rows=[["step", unit], *map(list, kept)], **more))
     return figures
 
 
@@ -111,7 +128,9 @@ def _refusals(name: str, label: str, attribute: str, curves: Mapping[str, Rates]
     ticks = sorted({level for rates in curves.values() for level in rates})
     xaxis = {**axis(f"requested {attribute}"), "tickvals": ticks, "range": [min(ticks) - 0.3, max(ticks) + 0.3]}
     yaxis = {**axis("% of answers that refuse"), "range": [-3, 103]}
-    return plot(f"{name}: {label}", alt, traces, 320, note=worded, xaxis=xaxis, yaxis=yaxis)
+    drawn: Rows = [["method", f"requested {attribute}", "share refused", "low", "high"]]
+    drawn += [[m, level, *rate] for m, rates in curves.items() for level, rate in rates.items()]
+    return plot(f"{name}: {label}", alt, traces, 320, note=worded, rows=drawn, xaxis=xaxis, yaxis=yaxis)
 
 
 def refusal_tables(refusals: Mapping[str, Any]) -> list[Table]:
@@ -129,6 +148,4 @@ def refusal_tables(refusals: Mapping[str, Any]) -> list[Table]:
 
 
 def _rate_cell(value: Any) -> Cell:
-    if not value:
-        return metric_cell(None)
-    return Cell(percent(point(value)), note=f"{bounds(value)} of {number(value.get('num_answers'))}".strip())
+    return percent_cell(value, note=f"of {number(value.get('num_answers'))}") if value else number_cell(None)

@@ -8,8 +8,17 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ctrlray.stages.report_figures import AFTER, BEFORE, Figure, axis, plot
-from ctrlray.stages.report_tables import Cell, Table, duration, number, percent, table
+from ctrlray.stages.report_figures import AFTER, BEFORE, Figure, Rows, axis, plot
+from ctrlray.stages.report_tables import (
+    Cell,
+    Table,
+    duration,
+    duration_cell,
+    number,
+    number_cell,
+    percent,
+    table,
+)
 
 
 def cost_figures(costs: Mapping[str, Any]) -> list[Figure]:
@@ -38,7 +47,9 @@ def _figure(title: str, stages: Sequence[Mapping[str, Any]], traces: Sequence[An
     sums = [sum(values) for values in zip(*(t.x for t in traces), strict=True)]
     words = ", ".join(f"{s['stage']} {duration(float(total))}" for s, total in zip(stages, sums, strict=True))
     axes = {"xaxis": axis(unit), "yaxis": {"type": "category", "autorange": "reversed", "showgrid": False}}
-    return plot(title, f"{title}: {words}.", traces, 90 + 30 * len(stages), note=note, barmode="stack", **axes)
+    drawn: Rows = [["stage", *(str(t.name) for t in traces)]]
+    drawn += zip((s["stage"] for s in stages), *(t.x for t in traces), strict=True)
+    return plot(title, f"{title}: {words}.", traces, 90 + 30 * len(stages), note=note, rows=drawn, barmode="stack", **axes)
 
 
 def cost_table(costs: Mapping[str, Any]) -> Table:
@@ -49,11 +60,11 @@ def cost_table(costs: Mapping[str, Any]) -> Table:
     rows.append(
         [
             Cell("total"),
-            Cell(number(total["rows"]), note="sampled answers"),
-            Cell(number(total["tokens"])),
+            number_cell(total["rows"], note="sampled answers"),
+            number_cell(total["tokens"]),
             Cell(""),
-            Cell(duration(total["seconds"])),
-            Cell(duration(total["start_s"]), note=f"{percent(costs['overhead_share'])} of all seconds at least"),
+            duration_cell(total["seconds"]),
+            duration_cell(total["start_s"], note=f"{percent(costs['overhead_share'])} of all seconds at least"),
             Cell(""),
             Cell(held),
             Cell(""),
@@ -68,14 +79,14 @@ def _row(stage: Mapping[str, Any], total: float) -> list[Cell]:
     host = stage.get("streamed_behind")
     return [
         Cell(str(stage["stage"]), note=f"streamed with {host}" if host else ""),
-        Cell(number(stage["rows"])),
-        Cell(number(stage["tokens"])),
-        Cell(number(stage["tokens_per_s"], 1)),
-        Cell(duration(stage["seconds"])),
-        Cell(duration(stage["start_s"])),
-        Cell(f"{number(float(stage['devices']), 0)} {stage['device']}"),
-        Cell(number(float(stage["device_seconds"]), 0)),
-        Cell(percent(share), bar=share),
+        number_cell(stage["rows"]),
+        number_cell(stage["tokens"]),
+        number_cell(stage["tokens_per_s"], 1),
+        duration_cell(stage["seconds"]),
+        duration_cell(stage["start_s"]),
+        Cell(f"{stage['devices']:g} {stage['device']}"),
+        number_cell(float(stage["device_seconds"]), 0),
+        Cell(percent(share), bar=share, value=share),
     ]
 
 
@@ -100,4 +111,4 @@ def parameters(count: float) -> str:
 
 
 def _spent(seconds: float, device_seconds: float) -> Cell:
-    return Cell(duration(seconds), note=f"{number(float(device_seconds), 0)} device-s")
+    return duration_cell(seconds, note=f"{number(float(device_seconds), 0)} device-s")

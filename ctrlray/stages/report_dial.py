@@ -11,13 +11,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from ctrlray.metrics.pareto import front
-from ctrlray.stages.report_figures import Figure, Style, category, heat, plot
-from ctrlray.stages.report_tables import bounds, interval, number, point
+from ctrlray.stages.report_figures import DIVERGING, Figure, Rows, Style, category, heat, plot
+from ctrlray.stages.report_tables import bounds, ends, interval, number, point
 from ctrlray.stages.report_trades import level_means
 from ctrlray.stages.report_verdict import is_baseline
 
 MAX_HEAT_ROWS = 30
-_LIGHT = [[0.0, "#f2a68b"], [0.5, "#f7f7f5"], [1.0, "#8cc3e0"]]  # dark figures can be read on all of it
 REFERENCE = 0.5
 """Reference point of the hypervolume in level units: the lowest that any answer can score."""
 
@@ -55,7 +54,9 @@ def _response(attribute: str, levels: int, metrics: Mapping[str, Any], look: Map
         "range": [0.7, levels + 0.3],
     }
     yaxis = {"title": {"text": "achieved, level units"}, "range": [low - 0.2, high + 0.2], "dtick": 1}
-    return plot(attribute, alt, traces, 340, xaxis=xaxis, yaxis=yaxis)
+    drawn: Rows = [["method", f"requested {attribute}", "achieved", "low", "high"]]
+    drawn += [[m, level, *found] for m, means in shown.items() for level, found in means.items()]
+    return plot(attribute, alt, traces, 340, rows=drawn, xaxis=xaxis, yaxis=yaxis)
 
 
 def _points(result: Mapping[str, Any], attribute: str) -> dict[int, tuple[float, float, float]]:
@@ -101,12 +102,14 @@ def slope_figure(name: str, attributes: Sequence[str], slopes: Sequence[Sequence
         f"{a}: {', '.join(f'{b} {number(v)}' for b, v in zip(attributes, row, strict=False))}"
         for a, row in zip(attributes, values, strict=False)
     )
-    trace = heat(names, names, values, texts, "RdBu", zmin=-1, zmax=1)
+    trace = heat(names, names, values, texts, DIVERGING, zmin=-1, zmax=1)
     trace.hovertemplate = "requested %{y}, achieved %{x}: %{z:.3f}<extra></extra>"
     alt = f"Slope matrix of {name}, achieved levels per requested level. Requested {'; requested '.join(worded)}."
     xaxis = category("achieved")
     yaxis = category("requested", autorange="reversed", tickangle=-90 if len(names) < 4 else 0)
-    return plot(name, alt, [trace], 110 + 84 * len(names), xaxis=xaxis, yaxis=yaxis)
+    drawn: Rows = [["requested", "achieved", "slope", "low", "high"]]
+    drawn += [[a, b, *ends(v)] for a, row in zip(attributes, slopes, strict=False) for b, v in zip(attributes, row, strict=False)]
+    return plot(name, alt, [trace], 110 + 84 * len(names), rows=drawn, xaxis=xaxis, yaxis=yaxis)
 
 
 def heat_figures(attributes: Sequence[str], levels: Sequence[int], metrics: Mapping[str, Any]) -> list[Figure]:
@@ -128,7 +131,7 @@ def heat_figures(attributes: Sequence[str], levels: Sequence[int], metrics: Mapp
 def _dial_heat(
     method: str,
     attribute: str,
-    levels: int,
+    top: int,
     attributes: Sequence[str],
     rows: Sequence[tuple[int, ...]],
     columns: Sequence[int],
@@ -138,15 +141,16 @@ def _dial_heat(
     values = [[point(cell["units"][attribute]) if cell else None for cell in row] for row in found]
     texts = [[_cell_text(cell, attribute) for cell in row] for row in found]
     named = [", ".join(map(str, r)) for r in rows]
-    trace = heat([str(c) for c in columns], named, values, texts, _LIGHT, zmin=REFERENCE, zmax=levels + REFERENCE)
-    trace.textfont = {"color": "#1c2126"}
+    trace = heat([str(c) for c in columns], named, values, texts, DIVERGING, zmin=REFERENCE, zmax=top + REFERENCE)
     asked = ", ".join(attributes[:-1])
     trace.hovertemplate = f"{escape(asked)} %{{y}}, {escape(attributes[-1])} %{{x}}: %{{z:.2f}}<extra></extra>"
     worded = (f"{asked} {r}: {', '.join(map(number, row))}" for r, row in zip(named, values, strict=True))
     what = f"Heat map, mean achieved {attribute} of {method} by setting"
     alt = f"{what}; {attributes[-1]} rises to the right. {'; '.join(worded)}."
-    axes = {"xaxis": category(f"requested {attributes[-1]}"), "yaxis": category(f"requested {asked}")}
-    return plot(f"{attribute}: {method}", alt, [trace], 96 + 48 * len(rows), **axes)
+    axes: dict[str, Any] = {"xaxis": category(f"requested {attributes[-1]}"), "yaxis": category(f"requested {asked}")}
+    drawn: Rows = [[*(f"requested {a}" for a in attributes), f"achieved {attribute}", "low", "high", "answers"]]
+    drawn += [[*levels, *ends(cell["units"][attribute]), cell["count"]] for levels, cell in sorted(cells.items())]
+    return plot(f"{attribute}: {method}", alt, [trace], 96 + 48 * len(rows), rows=drawn, **axes)
 
 
 def _cell_text(cell: Mapping[str, Any] | None, attribute: str) -> str:
@@ -161,6 +165,7 @@ def pareto_figures(attributes: Sequence[str], metrics: Mapping[str, Any], look: 
 
 def _pareto(first: str, second: str, metrics: Mapping[str, Any], look: Mapping[str, Style]) -> Figure | None:
     traces, words, edges = [], [], []
+    drawn: Rows = [["method", "levels requested", f"achieved {first}", f"achieved {second}", "on the front"]]
     for method, result in metrics.items():
         named = [(_setting(c), point(c["units"][first]), point(c["units"][second])) for c in result.get("cells") or ()]
         known = [(name, x, y) for name, x, y in named if x is not None and y is not None]
@@ -170,6 +175,7 @@ def _pareto(first: str, second: str, metrics: Mapping[str, Any], look: Mapping[s
         on = front(points)
         traces += _front_traces(method, [name for name, _, _ in known], points, on, look[method])
         edges.append(points)
+        drawn += [[method, *one, "yes" if here else "no"] for one, here in zip(known, on, strict=True)]
         volume = (result.get("pareto") or {}).get("hypervolume")
         best = " and ".join(f"{number(float(x))}, {number(float(y))}" for x, y in points[on])
         words.append(f"{method} (hypervolume {number(point(volume))}) has its front at {best}")
@@ -177,13 +183,13 @@ def _pareto(first: str, second: str, metrics: Mapping[str, Any], look: Mapping[s
         return None
     low, high = np.concatenate(edges).min(axis=0), np.concatenate(edges).max(axis=0)
     pad = np.maximum(0.12 * (high - low), 0.05)
-    axes = {
+    axes: dict[str, Any] = {
         f"{name}axis": {"title": {"text": f"achieved {escape(a)}, level units"}, "range": [low[i] - pad[i], high[i] + pad[i]]}
         for i, (name, a) in enumerate((("x", first), ("y", second)))
     }
     alt = f"Pareto plot, {first} to the right, {second} upwards, one mark per setting. {'; '.join(words)}."
     note = "one mark per setting; the line bounds what a method's settings dominate"
-    return plot(f"{first} against {second}", alt, traces, 460, note=note, **axes)
+    return plot(f"{first} against {second}", alt, traces, 460, note=note, rows=drawn, **axes)
 
 
 def _setting(cell: Mapping[str, Any]) -> str:

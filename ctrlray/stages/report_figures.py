@@ -18,6 +18,11 @@ from markupsafe import Markup
 from ctrlray.stages.report_tables import levels_of, number
 
 BEFORE, AFTER = "#8a8a8a", "#2f7fc1"
+Rows = list[Sequence[Any]]
+"""What a figure draws, under a header."""
+RISING = [[0.0, "#f7f7f5"], [1.0, "#8cc3e0"]]
+DIVERGING = [[0.0, "#f2a68b"], [0.5, "#f7f7f5"], [1.0, "#8cc3e0"]]
+"""Colours of heat maps: dark figures can be read on all of them."""
 MAX_HEAT_LEVELS = 10
 
 
@@ -56,6 +61,8 @@ class Figure:
     height: int
     note: str = ""
     """A second line under the title."""
+    rows: Sequence[Sequence[Any]] = ()
+    """What is drawn, under a header, for who saves it as csv."""
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
@@ -64,8 +71,17 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
     return {m: _STYLES[m] if m in _STYLES else next(spare) for m in dict.fromkeys(methods)}
 
 
-def plot(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str = "", **layout: Any) -> Figure:
-    """A figure in the report's looks; `layout` is plotly's."""
+def plot(
+    title: str,
+    alt: str,
+    traces: Sequence[Any],
+    height: int,
+    *,
+    note: str = "",
+    rows: Sequence[Sequence[Any]] = (),
+    **layout: Any,
+) -> Figure:
+    """A figure in the report's looks; `layout` is plotly's, `rows` are the data drawn, under a header."""
     figure = go.Figure(list(traces))
     figure.update_layout(
         template=go.layout.Template(),
@@ -89,15 +105,13 @@ def plot(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str 
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     json = str(figure.to_json()).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return Figure(title, alt, Markup(json), height, note)
+    return Figure(title, alt, Markup(json), height, note, rows)
 
 
 def cell_figures(
     attributes: Sequence[str], levels: Sequence[int], before: Mapping[str, int], after: Mapping[str, int]
 ) -> list[Figure]:
     """Rows per level: two heat maps for two attributes, else bars of each attribute's own levels."""
-    if not before and not after:
-        return []
     if len(attributes) == 2 and max(levels) <= MAX_HEAT_LEVELS:
         named = (("Before distillation", before), ("After distillation", after))
         return [_cell_heat(name, attributes, levels, cells) for name, cells in named if cells]
@@ -110,17 +124,28 @@ def _cell_heat(name: str, attributes: Sequence[str], levels: Sequence[int], cell
     top = max(1, *(n for row in counts for n in row))
     worded = (f"{attributes[0]} {r}: {', '.join(map(str, row))}" for r, row in zip(rows, counts, strict=True))
     alt = f"Heat map, rows per level cell. {attributes[1]} 1 to {levels[1]} from left to right. {'; '.join(worded)}."
-    trace = heat([str(c) for c in columns], [str(r) for r in rows], counts, counts, "Blues", zmin=0, zmax=top)
-    trace.hovertemplate = f"{attributes[0]} %{{y}}, {attributes[1]} %{{x}}: %{{z}} rows<extra></extra>"
-    height = 110 + 46 * levels[0]
+    trace = heat([str(c) for c in columns], [str(r) for r in rows], counts, counts, RISING, zmin=0, zmax=top)
+    trace.hovertemplate = f"{escape(attributes[0])} %{{y}}, {escape(attributes[1])} %{{x}}: %{{z}} rows<extra></extra>"
+    more: dict[str, Any] = {"xaxis": category(attributes[1]), "yaxis": category(attributes[0])}
+    drawn: Rows = [[*attributes, "rows"], *([r, c, cells.get(f"{r},{c}", 0)] for r in rows for c in columns)]
     title = f"{name}: {number(sum(cells.values()))} rows"
-    return plot(title, alt, [trace], height, xaxis=category(attributes[1]), yaxis=category(attributes[0]))
+    return plot(title, alt, [trace], 110 + 46 * levels[0], rows=drawn, **more)
 
 
-def heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: str, **limits: float) -> Any:
+def heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: Any, **limits: float) -> Any:
     """A heat map with its values written into its cells."""
     return go.Heatmap(
-        x=x, y=y, z=z, text=text, texttemplate="%{text}", colorscale=scale, showscale=False, xgap=2, ygap=2, **limits
+        x=x,
+        y=y,
+        z=z,
+        text=text,
+        texttemplate="%{text}",
+        textfont={"color": "#1c2126"},
+        colorscale=scale,
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        **limits,
     )
 
 
@@ -132,12 +157,14 @@ def category(title: str, **more: Any) -> dict[str, Any]:
 def _level_bars(attribute: str, index: int, levels: int, before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     names = [str(level) for level in range(1, levels + 1)]
     traces, words = [], []
+    drawn: Rows = [["distillation", f"{attribute} level", "rows"]]
     for name, cells, color in (("before", before, BEFORE), ("after", after, AFTER)):
         if not cells:
             continue
         counts = [sum(n for cell, n in cells.items() if levels_of(cell)[index] == k) for k in range(1, levels + 1)]
         shares = [100 * n / max(1, sum(counts)) for n in counts]
         words.append(f"{name} {', '.join(f'{s:.0f}%' for s in shares)}")
+        drawn += [[name, k, n] for k, n in enumerate(counts, 1)]
         hover = f"{name}: %{{customdata}} rows, %{{y:.0f}}%<extra></extra>"
         traces.append(
             go.Bar(
@@ -154,9 +181,9 @@ def _level_bars(attribute: str, index: int, levels: int, before: Mapping[str, in
         )
     alt = f"Bars, share of rows per level of {attribute}, levels 1 to {levels}: {'; '.join(words)}."
     top = max(max(t.y) for t in traces) * 1.18 or 1
-    yaxis = {"title": {"text": "% of rows"}, "range": [0, top]}
+    more = {"xaxis": category(f"{attribute} level"), "yaxis": {**axis("% of rows"), "range": [0, top]}, "bargap": 0.25}
     note = "grey before distillation, blue after"
-    return plot(attribute, alt, traces, 270, note=note, xaxis=category(f"{attribute} level"), yaxis=yaxis, bargap=0.25)
+    return plot(attribute, alt, traces, 270, note=note, rows=drawn, **more)
 
 
 def axis(title: str) -> dict[str, Any]:

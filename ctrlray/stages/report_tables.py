@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 NONE = "\N{EN DASH}"
@@ -24,6 +24,8 @@ class Cell:
     """A method whose colour mark stands before the text."""
     better_than: tuple[str, ...] = ()
     """Methods that this value is significantly better than."""
+    value: Any = None
+    """The number or interval behind the text, for who saves the table; without one the text is saved."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,24 @@ class Table:
     """Cells after the first hold numbers and are set to the right."""
     groups: tuple[tuple[str, int], ...] = ()
     """Headings over several columns: title and number of columns, from the left; none when empty."""
+
+    def data(self) -> list[list[Any]]:
+        """Header and rows in full precision, an interval as three columns: `x`, `x, low` and `x, high`."""
+        over = [f"{title}: " if title else "" for title, span in self.groups for _ in range(span)] or [""] * len(self.header)
+        wide = [any(isinstance(row[i].value, Mapping) for row in self.rows) for i in range(len(self.header))]
+        header = [name for group, title, w in zip(over, self.header, wide, strict=True) for name in _columns(group + title, w)]
+        return [header, *([part for cell, w in zip(row, wide, strict=True) for part in _parts(cell, w)] for row in self.rows)]
+
+
+def _columns(title: str, wide: bool) -> list[str]:
+    return [title, *(f"{title}, {end}" for end in ("low", "high") if wide)]
+
+
+def _parts(cell: Cell, wide: bool) -> list[Any]:
+    if cell.value is not None:
+        return list(ends(cell.value))[: 3 if wide else 1]
+    text = None if cell.text == NONE else cell.text
+    return [text, *[None] * (2 * wide)]
 
 
 def table(
@@ -86,10 +106,22 @@ def point(value: Any) -> float | None:
     return float(value) if is_number(value) else None
 
 
+def ends(value: Any) -> tuple[float | None, float | None, float | None]:
+    """Value, low and high of an interval, each None where it is missing; a bare number has no ends."""
+    low, high = (point(value.get(end)) if isinstance(value, Mapping) else None for end in ("low", "high"))
+    return point(value), low, high
+
+
 def bounds(value: Any, digits: int = 2) -> str:
     """`[0.55, 0.70]`, or nothing for a number without an interval."""
     found = interval(value) if isinstance(value, Mapping) else None
     return f"[{number(found[1], digits)}, {number(found[2], digits)}]" if found else ""
+
+
+def percent_bounds(value: Any) -> str:
+    """`[55%, 70%]`, or nothing for a number without an interval."""
+    found = interval(value) if isinstance(value, Mapping) else None
+    return f"[{percent(found[1])}, {percent(found[2])}]" if found else ""
 
 
 def outside(value: Any, reference: float) -> int:
@@ -120,19 +152,13 @@ def unaccounted(stage: Mapping[str, Any]) -> int | None:
 
 
 def ledger_table(ledger: Sequence[Mapping[str, Any]]) -> Table:
-    """What ran, where the rows went, and where the time went."""
-    total = sum(s["seconds"] for s in ledger if is_number(s.get("seconds")))
-    header = ("Stage", "Status", "Rows in", "Rows out", "Dropped", "Quarantined", "Balance", "Tokens", "Time", "Share")
-    return table(
-        "What ran. Rows in = rows out + dropped + quarantined, for every stage.",
-        header,
-        [_ledger_row(stage, total) for stage in ledger],
-    )
+    """What ran, and where the rows went."""
+    header = ("Stage", "Status", "Rows in", "Rows out", "Dropped", "Quarantined", "Balance")
+    return table("Rows in = rows out + dropped + quarantined, for every stage", header, map(_ledger_row, ledger))
 
 
-def _ledger_row(stage: Mapping[str, Any], total: float) -> list[Cell]:
-    missing, seconds = unaccounted(stage), stage.get("seconds")
-    share = seconds / total if is_number(seconds) and total > 0 else None
+def _ledger_row(stage: Mapping[str, Any]) -> list[Cell]:
+    missing = unaccounted(stage)
     status = str(stage.get("status") or NONE)
     balance = Cell(NONE) if missing is None else Cell("balances", tone="muted")
     if missing:
@@ -140,21 +166,18 @@ def _ledger_row(stage: Mapping[str, Any], total: float) -> list[Cell]:
     return [
         Cell(str(stage.get("stage", NONE))),
         Cell(status, tone="bad" if status in ("failed", "error") else "muted"),
-        Cell(number(stage.get("rows_in"))),
-        Cell(number(stage.get("rows_out"))),
+        number_cell(stage.get("rows_in")),
+        number_cell(stage.get("rows_out")),
         _counts(stage.get("dropped") or {}),
         _counts(stage.get("quarantined") or {}, tone="bad"),
         balance,
-        Cell(number(stage.get("tokens"))),
-        Cell(duration(seconds)),
-        Cell(percent(share), bar=share),
     ]
 
 
 def _counts(counts: Mapping[str, int], tone: str = "") -> Cell:
     total = sum(counts.values())
     note = ", ".join(f"{number(n)} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
-    return Cell(number(total), note=note, tone=tone if total else "")
+    return number_cell(total, note=note, tone=tone if total else "")
 
 
 def total_seconds(ledger: Sequence[Mapping[str, Any]]) -> float:
@@ -169,7 +192,10 @@ def cells_table(attributes: Sequence[str], before: Mapping[str, int], after: Map
     return table(
         f"Rows per level cell ({', '.join(attributes)}).{note}",
         ("Cell", "Before", "After"),
-        [[", ".join(map(str, levels_of(k))), number(before.get(k, 0)), number(after.get(k, 0))] for k in keys[:MAX_ROWS]],
+        [
+            [", ".join(map(str, levels_of(k))), number_cell(before.get(k, 0)), number_cell(after.get(k, 0))]
+            for k in keys[:MAX_ROWS]
+        ],
     )
 
 
@@ -178,12 +204,27 @@ def levels_of(cell: str) -> tuple[int, ...]:
     return tuple(int(part) for part in cell.split(","))
 
 
-def metric_cell(value: Any, reference: float | None = None, better_than: tuple[str, ...] = ()) -> Cell:
+def number_cell(value: Any, digits: int = 2, *, note: str = "", tone: str = "") -> Cell:
+    """A number, or a value over its interval; whole numbers as they are."""
+    shown = value if is_number(value) else point(value)
+    tone = tone if shown is not None else "muted"
+    return Cell(number(shown, digits), note=note or bounds(value, digits), tone=tone, value=value)
+
+
+def metric_cell(value: Any, reference: float | None = None, better_than: tuple[str, ...] = (), digits: int = 2) -> Cell:
     """A value over its interval; coloured when a reference is given and lies outside."""
     side = 0 if reference is None else outside(value, reference)
-    tone = {1: "good", -1: "bad", 0: ""}[side]
-    shown = point(value)
-    return Cell(number(shown), note=bounds(value), tone=tone if shown is not None else "muted", better_than=better_than)
+    return replace(number_cell(value, digits, tone={1: "good", -1: "bad", 0: ""}[side]), better_than=better_than)
+
+
+def percent_cell(value: Any, *, note: str = "") -> Cell:
+    """A share in percent over its interval."""
+    return Cell(percent(point(value)), note=f"{percent_bounds(value)} {note}".strip(), value=value)
+
+
+def duration_cell(seconds: Any, *, note: str = "") -> Cell:
+    """A duration in words; its data are seconds."""
+    return Cell(duration(seconds), note=note, value=seconds)
 
 
 def pairs_table(caption: str, values: Mapping[str, Any]) -> Table:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from ctrlray.metrics.bootstrap import Interval
-from ctrlray.metrics.entanglement import relative_to_pool
-from ctrlray.stages.report_tables import Cell, Table, bounds, interval, metric_cell, number, point, table
+from ctrlray.metrics.entanglement import entanglement_index, off_diagonal, relative_to_pool
+from ctrlray.stages.report_tables import Cell, Table, interval, metric_cell, number_cell, point, table
 
 
 def trade_table(attributes: Sequence[str], metrics: Mapping[str, Any]) -> Table | None:
@@ -19,9 +22,9 @@ def trade_table(attributes: Sequence[str], metrics: Mapping[str, Any]) -> Table 
     rows = [
         [
             Cell(m, method=m),
-            *(metric_cell(r["pareto"].get(k)) for k in ("hypervolume", "mean_inner_product")),
-            Cell(number(point(r["pareto"].get("sparsity")), 4), note=bounds(r["pareto"].get("sparsity"), 4)),
-            *(metric_cell((r.get("cosa") or {}).get(a)) for a in attributes),
+            *(number_cell(r["pareto"].get(k)) for k in ("hypervolume", "mean_inner_product")),
+            number_cell(r["pareto"].get("sparsity"), 4),
+            *(number_cell((r.get("cosa") or {}).get(a)) for a in attributes),
         ]
         for m, r in shown.items()
     ]
@@ -36,21 +39,8 @@ def entanglement_table(metrics: Mapping[str, Any], pool_slopes: Any) -> Table | 
     if not shown:
         return None
     pool = _intervals(pool_slopes)
-    rows = []
-    for m, r in shown.items():
-        index, steered = r["entanglement"].get("index"), r.get("steerability") or {}
-        found = interval(index)
-        relative = relative_to_pool(Interval(*found), pool).as_json() if found and pool else None
-        rows.append(
-            [
-                Cell(m, method=m),
-                metric_cell(r["entanglement"]["off_diagonal"]),
-                metric_cell(index),
-                _below_one(relative),
-                metric_cell((r.get("entanglement_length_adjusted") or {}).get("index")),
-                *(metric_cell(steered.get(k)) for k in ("error", "miscalibration", "orthogonality")),
-            ]
-        )
+    rows = [_pool_row(pool)] if pool else []
+    rows += [_entangled_row(m, r, pool) for m, r in shown.items()]
     header = (
         "Method",
         "Sideways, levels per level asked for",
@@ -64,10 +54,30 @@ def entanglement_table(metrics: Mapping[str, Any], pool_slopes: Any) -> Table | 
     return table("Entanglement and steerability, with 95% intervals; 0 is best in every column", header, rows)
 
 
+def _entangled_row(method: str, result: Mapping[str, Any], pool: Sequence[Sequence[Interval]]) -> list[Cell]:
+    index, steered = result["entanglement"].get("index"), result.get("steerability") or {}
+    found = interval(index)
+    return [
+        Cell(method, method=method),
+        number_cell(result["entanglement"]["off_diagonal"]),
+        number_cell(index),
+        _below_one(relative_to_pool(Interval(*found), pool).as_json() if found and pool else None),
+        number_cell((result.get("entanglement_length_adjusted") or {}).get("index")),
+        *(number_cell(steered.get(k)) for k in ("error", "miscalibration", "orthogonality")),
+    ]
+
+
+def _pool_row(pool: Sequence[Sequence[Interval]]) -> list[Cell]:
+    """What the data's own slopes come to, which have no settings to be steered by."""
+    slopes_BAA = np.array([[[entry.value for entry in row] for row in pool]])
+    values = (float(f(slopes_BAA)[0]) for f in (off_diagonal, entanglement_index))
+    return [Cell("data pool"), *map(number_cell, values), *[number_cell(None)] * 5]
+
+
 def _below_one(value: Any) -> Cell:
     """Green where the whole interval lies below 1: further apart than the data."""
     cell = metric_cell(value, 1.0)
-    return Cell(cell.text, cell.note, {"good": "bad", "bad": "good"}.get(cell.tone, cell.tone))
+    return replace(cell, tone={"good": "bad", "bad": "good"}.get(cell.tone, cell.tone))
 
 
 def _intervals(matrix: Any) -> list[list[Interval]]:
@@ -81,11 +91,7 @@ def level_table(attribute: str, metrics: Mapping[str, Any]) -> Table:
     """Mean achieved units per requested level: the numbers of the requested-vs-achieved plot."""
     means = {m: level_means(r, attribute) for m, r in metrics.items()}
     levels = sorted({level for per in means.values() for level in per})
-    rows = [
-        [Cell(m, method=m), *(Cell(number(point(per.get(k))), note=bounds(per.get(k))) for k in levels)]
-        for m, per in means.items()
-        if per
-    ]
+    rows = [[Cell(m, method=m), *(number_cell(per.get(k)) for k in levels)] for m, per in means.items() if per]
     return table(f"Mean achieved {attribute} per requested level", ("Method", *map(str, levels)), rows)
 
 
@@ -97,7 +103,7 @@ def level_means(result: Mapping[str, Any], attribute: str) -> dict[int, Any]:
 def slope_table(name: str, attributes: Sequence[str], slopes: Sequence[Sequence[Any]], *, length: bool = False) -> Table:
     """Slopes as numbers, rows requested, columns achieved."""
     rows = [
-        [Cell(f"requested {a}"), *(Cell(number(point(v)), note=bounds(v)) for v in row)]
+        [Cell(f"requested {a}"), *map(number_cell, row)]
         for a, row in zip(attributes, slopes, strict=False)
     ]
     held = ", length held constant" if length else ""
@@ -108,8 +114,7 @@ def single_slope_table(attribute: str, slopes: Mapping[str, Any], adjusted: Mapp
     """One attribute has no matrix: a row per method instead."""
 
     def cell(matrix: Any) -> Cell:
-        value = matrix[0][0] if matrix and matrix[0] else None
-        return Cell(number(point(value)), note=bounds(value))
+        return number_cell(matrix[0][0] if matrix and matrix[0] else None)
 
     rows = [[Cell(m), cell(matrix), cell(adjusted.get(m))] for m, matrix in slopes.items()]
     return table(f"{attribute}: levels achieved per level requested", ("", "as it is", "length held constant"), rows)

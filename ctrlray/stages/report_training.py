@@ -7,7 +7,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from ctrlray.stages.report_figures import Figure, Style, axis, curve, dotted, plot
+from ctrlray.stages.report_figures import Figure, Rows, Style, axis, curve, dotted, plot
 from ctrlray.stages.report_tables import is_number
 
 CURVES = {
@@ -46,18 +46,19 @@ def curve_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mappi
     """One plot per recorded quantity, all methods in it; quantities that were never recorded are left out."""
     figures = []
     for key, (title, unit) in CURVES.items():
-        traces, words = [], []
+        traces, words, drawn = [], [], []
         for method, points in curves.items():
             kept = [(p["step"], p[key]) for p in points if is_number(p.get("step")) and is_number(p.get(key))]
             if kept:
                 traces.append(curve(method, kept, look[method]))
+                drawn += [[method, *at] for at in kept]
                 (first, start), (last, end) = kept[0], kept[-1]
                 words.append(f"{method} from {start:.3g} at step {first} to {end:.3g} at step {last}")
         if traces:
             shapes = [dotted(y=0)] if key == "valid_gap" else []
             layout = {"xaxis": {"title": {"text": "optimizer step"}}, "yaxis": _curve_axis(key), "shapes": shapes}
             alt = f"{title} by step: {'; '.join(words)}."
-            figures.append(plot(title, alt, traces, 250, note=unit, **layout))
+            figures.append(plot(title, alt, traces, 250, note=unit, rows=[["method", "step", key], *drawn], **layout))
     return figures
 
 
@@ -71,16 +72,21 @@ def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Ma
             if not levels:
                 continue
             traces, shapes, words = [], [], []
+            drawn: Rows = [["level asked for", "step", f"achieved {name}"]]
             for i, level in enumerate(levels):
                 color = _LEVEL_COLORS[round(i * 9 / max(1, len(levels) - 1))]
                 kept = [(p["step"], p[f"{start}{level}"]) for p in points if is_number(p.get(f"{start}{level}"))]
+                if not kept:
+                    continue
                 traces.append(curve(f"level {level}", kept, Style(color, "circle", "")))
                 shapes.append({**dotted(y=level), "line": {"dash": "dot", "width": 1, "color": color}})
+                drawn += [[level, *at] for at in kept]
                 words.append(f"level {level} from {kept[0][1]:.2f} to {kept[-1][1]:.2f}")
             more: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("level units"), "shapes": shapes}
             title = f"{name} reached by level asked for, {method}"
             alt = f"{title}: {'; '.join(words)}."
-            figures.append(plot(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
+            note = "dotted: the level itself"
+            figures.append(plot(title, alt, traces, 280, note=note, rows=drawn, showlegend=True, **more))
     return figures
 
 
@@ -99,7 +105,8 @@ def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Fig
         title = f"Seconds of a step, {method}"
         alt = f"{title}, means: {', '.join(words)}."
         more: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("seconds"), "barmode": "stack"}
-        figures.append(plot(title, alt, traces, 280, **more, showlegend=True))
+        drawn: Rows = [["step", *PHASES], *([p["step"], *(p.get(f"{phase}_s", 0.0) for phase in PHASES)] for p in points)]
+        figures.append(plot(title, alt, traces, 280, rows=drawn, showlegend=True, **more))
     return figures
 
 
