@@ -10,6 +10,7 @@ from ctrlray import cost
 from ctrlray.metrics.compare import compare_grid
 from ctrlray.metrics.entanglement import pool_slopes
 from ctrlray.metrics.grid import evaluate_grid
+from ctrlray.metrics.hacking import RULE
 from ctrlray.stages.report import ReportData
 from tests.grids import CELLS, CONTROL, dial, grid
 
@@ -74,18 +75,18 @@ def hacking(parts=True):
         for s in steps
     ]
     change = {"from": [1, 27], "to": [54, 80], "reward": spread(0.6, 0.1), "judge": spread(-0.3 if parts else 0.2, 0.15)}
-    return {"ppo": {"points": points, "rule": "alarm: one rises and the other falls", "alarm": parts, "changes": [change]}}
+    return {"ppo": {"points": points, "rule": RULE, "alarm": parts, "changes": [change]}}
 
 
 def spread(value, width):
     return {"value": value, "low": value - width, "high": value + width}
 
 
-def costs():
+def results():
     def took(rows, tokens, seconds, **facts):
-        return {"rows_in": rows, "tokens": tokens, "seconds": seconds, "facts": facts}
+        return {"rows_in": rows, "rows_out": rows, "tokens": tokens, "seconds": seconds, "facts": facts}
 
-    results = {
+    return {
         "prompts": took(256, None, 0.6),
         "generate": took(720, 24310, 214.0, start_s=27.4),
         "score": took(720, None, 96.0, streamed_behind="generate"),
@@ -94,8 +95,10 @@ def costs():
         "evaluate": took(1296, 61000, 480.0, start_s=31.0),
         "export": took(1, None, 6.2),
     }
-    held = {s: cost.Held("CPU", 2.0) for s in ("generate", "score", "train", "evaluate")}
-    found = cost.cost(results, held)
+
+
+def costs():
+    found = cost.cost(results(), {s: cost.Held("CPU", 2.0) for s in ("generate", "score", "train", "evaluate")})
     return found, (cost.project(found, 134515008, rows=7200), cost.project(found, 134515008, 7e9))
 
 
@@ -115,10 +118,7 @@ def full_data() -> ReportData:
         started="2026-01-05 10:12 UTC",
         run_root="/home/user/.local/share/ctrlray/runs/evaluated",
         attributes=[{"name": n, "levels": 3} for n in NAMES],
-        ledger=[
-            {"stage": "generate", "rows_in": 720, "rows_out": 720, "seconds": 214.0, "tokens": 24310, "status": "done"},
-            {"stage": "train", "rows_in": 420, "rows_out": 420, "seconds": 640.0, "tokens": 91200, "status": "done"},
-        ],
+        ledger=[{"stage": stage, "status": "done", **took} for stage, took in results().items()],
         cells_before=cells,
         cells_after=dict.fromkeys(cells, 20),
         strategy="balance",
@@ -126,19 +126,36 @@ def full_data() -> ReportData:
         metrics=metrics,
         comparisons=compare_grid(table, CONTROL, 200, 0),
         judge=evaluate_grid(judged, CONTROL, 200, 0),
+        judge_comparisons=compare_grid(judged, CONTROL, 200, 0),
         correlation={n: {"overall": spread(0.61, 0.05), "within_prompt": spread(0.42, 0.07), "num_answers": 660} for n in NAMES},
         hacking=hacking(),
         refusals=refusals(),
         sets={"mt_bench": {"metrics": evaluate_grid(evaluated(seed=2, noise=0.7), CONTROL, 100, 0), "judge": {}}},
+        curves={m: curve(m) for m in ("clm", "exmate", "ppo")},
         costs=found,
         projections=projections,
         pool_slopes=pool_slopes(pool, [f"p{i // 6}" for i in range(300)], 100),
-        samples=samples(table),
+        samples=samples(table, judged),
     )
 
 
-def samples(table):
-    rows = table.to_pylist()
+def curve(method):
+    """Held-out measurements of distillation, rewards and levels of reinforcement learning."""
+    if method == "ppo":
+        reached = {f"achieved_kind_{k}": [2 + 0.01 * s * (k - 2) for s in range(1, 81)] for k in (1, 2, 3)}
+        return [
+            {"step": s, "reward": -1.4 + 0.012 * s, "kl": 0.09 * s, "length": 28 + 0.3 * s, "generate_s": 3.0, "forward_s": 1.5}
+            | {key: values[s - 1] for key, values in reached.items()}
+            for s in range(1, 81)
+        ]
+    size = {"clm": 0.4, "exmate": 1.0}[method]
+    points = [{"step": s, "nll": 2.2 - size * s / 80, "lr": 4e-4 * (1 - s / 61), "grad_norm": 1.0} for s in range(1, 61)]
+    return points + [{"step": s, "valid_nll": 2.3 - size * s / 90, "valid_gap": 0.002 * s * size} for s in range(0, 61, 10)]
+
+
+def samples(table, judged):
+    judges = {(r["method"], r["prompt_id"], *(r[f"requested_{n}"] for n in NAMES)): r for r in judged.to_pylist()}
+    rows = [r | {"judge": judges[r["method"], r["prompt_id"], *(r[f"requested_{n}"] for n in NAMES)]} for r in table.to_pylist()]
     made = []
     for prompt, question in (("p00", "How do I open a jar that is stuck?"), ("p01", "My neighbour is loud. What can I do?")):
         for method in STRENGTH:
@@ -149,6 +166,7 @@ def samples(table):
                     "text": r["text"],
                     "units": [r[f"units_{n}"] for n in NAMES],
                     "finish_reason": r["finish_reason"],
+                    "judge": [r["judge"][f"units_{n}"] for n in NAMES],
                 }
                 for r in mine[: 1 if method == "start" else None]
             ]

@@ -103,7 +103,7 @@
 
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open], .numbers)")];
+    folded = [...document.querySelectorAll("details:not([open], .numbers, .prompt > *)")]; // samples stay as the reader left them
     for (const d of folded) d.open = true;
   });
   addEventListener("afterprint", () => {

@@ -29,12 +29,6 @@ ADVICE = {
         "Reward hacking: raise the objective's kl.coefficient or train for fewer steps, and read answers of the last ones."
     ),
     "most-answers-truncated": "Raise sampling.max_tokens, or add a behaviour that asks for short complete answers.",
-    "rows-quarantined": "Read the quarantine table: it holds each row's id and error.",
-    "no-code-gap": "The model does not read its code: more epochs, a higher control_rate, or a larger ExMATE weight.",
-    "rewards-correlated": ("Dials cannot move apart where their rewards do not: use rewards that disagree, or more behaviours."),
-    "length-explains-the-dial": (
-        "The reward follows answer length: use a reward that is neutral to length, or ask for answers of equal length."
-    ),
 }
 """What to try next, by alarm. Names match in any case, with spaces, dashes or underscores."""
 

@@ -150,7 +150,7 @@ def _dial_heat(
     axes: dict[str, Any] = {"xaxis": category(f"requested {attributes[-1]}"), "yaxis": category(f"requested {asked}")}
     drawn: Rows = [[*(f"requested {a}" for a in attributes), f"achieved {attribute}", "low", "high", "answers"]]
     drawn += [[*levels, *ends(cell["units"][attribute]), cell["count"]] for levels, cell in sorted(cells.items())]
-    return plot(f"{attribute}: {method}", alt, [trace], 96 + 48 * len(rows), rows=drawn, **axes)
+    return plot(f"{attribute}: {method}", alt, [trace], 96 + 48 * max(3, len(rows)), rows=drawn, **axes)
 
 
 def _cell_text(cell: Mapping[str, Any] | None, attribute: str) -> str:

@@ -129,7 +129,7 @@ def _cell_heat(name: str, attributes: Sequence[str], levels: Sequence[int], cell
     more: dict[str, Any] = {"xaxis": category(attributes[1]), "yaxis": category(attributes[0])}
     drawn: Rows = [[*attributes, "rows"], *([r, c, cells.get(f"{r},{c}", 0)] for r in rows for c in columns)]
     title = f"{name}: {number(sum(cells.values()))} rows"
-    return plot(title, alt, [trace], 110 + 46 * levels[0], rows=drawn, **more)
+    return plot(title, alt, [trace], 110 + 46 * max(3, levels[0]), rows=drawn, **more)
 
 
 def heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: Any, **limits: float) -> Any:

@@ -104,7 +104,7 @@ def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Fig
             traces.append(go.Bar(x=[p["step"] for p in points], y=values, name=phase, marker={"color": color}))
         title = f"Seconds of a step, {method}"
         alt = f"{title}, means: {', '.join(words)}."
-        more: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("seconds"), "barmode": "stack"}
+        more: dict[str, Any] = {"xaxis": axis("step"), "yaxis": axis("seconds"), "barmode": "stack", "bargap": 0}
         drawn: Rows = [["step", *PHASES], *([p["step"], *(p.get(f"{phase}_s", 0.0) for phase in PHASES)] for p in points)]
         figures.append(plot(title, alt, traces, 280, rows=drawn, showlegend=True, **more))
     return figures

@@ -1,6 +1,7 @@
 """The report page: self-contained, escaped, complete, and honest about what is missing."""
 
 import itertools
+import json
 import math
 import re
 from dataclasses import replace
@@ -9,9 +10,10 @@ from html.parser import HTMLParser
 import pytest
 
 from ctrlray.stages.report import ReportData, render
+from ctrlray.stages.report_alarms import ADVICE, advice
 from ctrlray.stages.report_figures import styles
 from ctrlray.stages.report_tables import duration, interval, number, outside, unaccounted
-from ctrlray.stages.report_verdict import ADVICE, advice, verdict
+from ctrlray.stages.report_verdict import verdict
 
 NAMES = ("helpfulness", "harmlessness", "brevity")
 EVIL = "<script>alert('x')</script><img src=\"http://evil.example/a.png\" onerror=alert(1)> & more \ud800"
@@ -172,11 +174,11 @@ def report_data(num_attributes=2, **changes):
 
 
 class Page(HTMLParser):
-    """Tags with attributes, text outside of scripts, and the bodies of executable scripts."""
+    """Tags with attributes, text outside of scripts, the bodies of executable scripts, and data."""
 
     def __init__(self, html):
         super().__init__(convert_charrefs=True)
-        self.tags, self.text, self.scripts, self.stack = [], [], [], []
+        self.tags, self.text, self.scripts, self.stack, self.jsons = [], [], [], [], []
         self.feed(html)
 
     def handle_starttag(self, tag, attrs):
@@ -193,6 +195,12 @@ class Page(HTMLParser):
             self.text.append(data)
         elif self.stack[-1] == ("script", {}):
             self.scripts.append(data)
+        elif self.stack[-1][0] == "script":
+            self.jsons.append((self.stack[-1][1].get("class"), data))
+
+    def data(self, kind):
+        """What the page's scripts of data hold: the plots' specifications ("spec"), or rows under a header ("rows")."""
+        return [json.loads(text) for found, text in self.jsons if found == kind]
 
     @property
     def words(self):
@@ -262,8 +270,7 @@ def test_any_number_of_attributes(num_attributes):
     html = render(report_data(num_attributes))
     page = Page(html)
     plots = [a for t, a in page.tags if t == "div" and a.get("class") == "plot"]
-    specs = {a["id"] for t, a in page.tags if t == "script" and a.get("type") == "application/json"}
-    assert {p["data-spec"] for p in plots} == specs and all(len(p["aria-label"]) > 20 for p in plots)
+    assert len(plots) == len(page.data("spec")) and all(len(p["aria-label"]) > 20 for p in plots)
     heat_maps = {1: 0, 2: 2 + 5, 3: 5}[num_attributes]  # level cells only for two; slopes of 4 methods and the pool
     assert html.count('"type":"heatmap"') - Page(html).scripts[0].count('"type":"heatmap"') == heat_maps
     for name in NAMES[:num_attributes]:
@@ -287,20 +294,18 @@ def test_reinforcement_learning_has_its_own_plots():
     assert "generate 4.00 s, score 0.00 s" in seconds and "forward 2.00 s" in seconds
 
 
-def test_missing_pieces_say_so():
-    bare = ReportData("bare", "", {}, {}, {}, "", "", [{"name": "helpfulness", "levels": 5}])
-    words = Page(render(bare)).words
-    for reason in (
-        "nothing can be said",
-        "None was raised",
-        "ledger is empty",
-        "No histograms",
-        "No curves",
-        "No plots",
-    ):
-        assert reason in words
-    for reason in ("No metric table", "No slopes", "No samples"):
-        assert reason in words
+def sections(html):
+    page = Page(html)
+    found = {a["aria-labelledby"] for t, a in page.tags if t == "section" and "aria-labelledby" in a}
+    assert found == {a["href"].removeprefix("#") for t, a in page.tags if t == "a"}  # the navigation names what is there
+    return found
+
+
+def test_a_run_without_data_has_no_empty_panels():
+    bare = render(ReportData("bare", "", {}, {}, {}, "", "", [{"name": "helpfulness", "levels": 5}]))
+    assert sections(bare) == {"verdict", "alarms", "inputs"}
+    words = Page(bare).words
+    assert "nothing can be said about the dial" in words and "None was raised" in words
 
 
 def test_undefined_statistics_are_dashes():
@@ -334,7 +339,7 @@ def test_unaccounted_by_hand():
 def test_verdict_goes_by_intervals():
     metrics = {"start": method_metrics(0.0, NAMES[:2], 3), "exmate": method_metrics(0.2, NAMES[:2], 3)}
     # pairwise of exmate: helpfulness 0.60 +- 0.06 excludes 0.5, harmlessness 0.55 +- 0.06 does not
-    found = verdict(NAMES[:2], metrics, {"exmate": {**ci(0.08, 0.03), "num_examples": 38}})
+    found = verdict(NAMES[:2], metrics, {"exmate": {**ci(0.08, 0.03), "num_examples": 38}}, {})
     assert "helpfulness follows the dial; harmlessness does not measurably" in found.headline
     assert "reads its control codes" in found.headline
     tones = {(f.method, f.text.split()[0]): f.tone for f in found.findings}
@@ -345,7 +350,7 @@ def test_verdict_goes_by_intervals():
 
 def test_verdict_admits_failure_and_reversal():
     metrics = {"exmate": method_metrics(-0.4, NAMES[:1], 3)}
-    found = verdict(NAMES[:1], metrics, {"exmate": {**ci(0.0, 0.01), "num_examples": 9}})
+    found = verdict(NAMES[:1], metrics, {"exmate": {**ci(0.0, 0.01), "num_examples": 9}}, {})
     assert "shows no dial" in found.headline and "does not measurably read" in found.headline
     assert [f.tone for f in found.findings] == ["bad", "muted"]
 
@@ -354,7 +359,7 @@ def test_verdict_says_when_length_explains_the_dial():
     metrics = {"exmate": method_metrics(0.4, NAMES[:1], 3)}
     metrics["exmate"]["attributes"]["helpfulness"]["length_adjusted"]["pairwise"] = ci(0.51, 0.05)
     assert (
-        "With answer length held constant this is no longer shown" in verdict(NAMES[:1], metrics, {}).findings[0].text
+        "With answer length held constant this is no longer shown" in verdict(NAMES[:1], metrics, {}, {}).findings[0].text
     )
 
 
@@ -380,12 +385,24 @@ def test_known_methods_keep_their_style():
     )
 
 
+def test_verdict_asks_the_judge():
+    metrics = {"exmate": method_metrics(0.4, NAMES[:2], 3)}  # 0.70 and 0.60, each +- 0.06
+    judge = {"exmate": {"attributes": {"helpfulness": {"pairwise": ci(0.6, 0.05)}, "harmlessness": {"pairwise": ci(0.5, 0.05)}}}}
+    found = verdict(NAMES[:2], metrics, {}, judge)
+    assert "helpfulness and harmlessness follow the dial (harmlessness not in the judge's eyes)" in found.headline
+    assert "The judge agrees (60%, 55.0% to 65.0%)." in found.findings[0].text
+    assert "The judge does not see it (50%, 45.0% to 55.0%)." in found.findings[1].text
+    judge["exmate"]["attributes"]["helpfulness"]["pairwise"] = ci(0.4, 0.05)
+    assert "The judge sees the opposite (40%" in verdict(NAMES[:2], metrics, {}, judge).findings[0].text
+    assert "judge" not in verdict(NAMES[:2], metrics, {}, {}).headline
+
+
 def test_verdict_names_a_code_that_is_read_wrongly():
-    (found,) = verdict(NAMES[:1], {}, {"exmate": {**ci(-0.05, 0.01), "num_examples": 9}}).findings
+    (found,) = verdict(NAMES[:1], {}, {"exmate": {**ci(-0.05, 0.01), "num_examples": 9}}, {}).findings
     assert "more likely" in found.text and found.tone == "bad"
 
 
 def test_verdict_names_what_else_a_dial_moves_and_not_itself():
-    texts = [f.text for f in verdict(NAMES[:2], {"exmate": method_metrics(0.4, NAMES[:2], 3)}, {}).findings]
+    texts = [f.text for f in verdict(NAMES[:2], {"exmate": method_metrics(0.4, NAMES[:2], 3)}, {}, {}).findings]
     assert "It also moves harmlessness by" in texts[0] and "It also moves helpfulness by" in texts[1]
     assert "helpfulness by" not in texts[0]

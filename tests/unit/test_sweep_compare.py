@@ -170,7 +170,7 @@ def test_the_page_is_self_contained_and_escapes_what_variants_say(found):
     assert not re.search(r"""(src|href)=["']?https?:""", own)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', made)
     assert policy is not None and html.unescape(policy[1]).startswith("default-src 'none'; ")
-    figures = [json.loads(s) for s in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', made, re.S)]
+    figures = [json.loads(s) for s in re.findall(r'<script type="application/json" class="spec">(.*?)</script>', made, re.S)]
     assert len(figures) == 2
     assert [t["y"] for t in figures[0]["data"]] == [["base"], ["weight"], ["response"], ["levels"]]
     assert figures[0]["data"][1]["x"] == [1.0] and figures[0]["layout"]["shapes"][0]["x0"] == 0.5
