@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ctrlray.metrics.bootstrap import Interval
-from ctrlray.metrics.entanglement import entanglement_index, off_diagonal, relative_to_pool
+from ctrlray.metrics.entanglement import off_diagonal, relative_to_pool
 from ctrlray.stages.report_tables import Cell, Table, interval, metric_cell, number_cell, point, table
 
 
@@ -68,10 +68,9 @@ def _entangled_row(method: str, result: Mapping[str, Any], pool: Sequence[Sequen
 
 
 def _pool_row(pool: Sequence[Sequence[Interval]]) -> list[Cell]:
-    """What the data's own slopes come to, which have no settings to be steered by."""
-    slopes_BAA = np.array([[[entry.value for entry in row] for row in pool]])
-    values = (float(f(slopes_BAA)[0]) for f in (off_diagonal, entanglement_index))
-    return [Cell("data pool"), *map(number_cell, values), *[number_cell(None)] * 5]
+    """What the data's own slopes come to; their diagonal is 1, so sideways and index are the same, and nothing is steered."""
+    sideways = float(off_diagonal(np.array([[[entry.value for entry in row] for row in pool]]))[0])
+    return [Cell("data pool"), *[number_cell(sideways)] * 2, *[number_cell(None)] * 5]
 
 
 def _below_one(value: Any) -> Cell:
