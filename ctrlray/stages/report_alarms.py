@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ctrlray.stages.report_tables import number, unaccounted
+from ctrlray.stages.report_numbers import number
+from ctrlray.stages.report_tables import unaccounted
 
 ADVICE = {
     "settings-do-not-change-the-output": (

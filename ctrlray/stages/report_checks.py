@@ -9,19 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ctrlray.stages.report_figures import Figure, Rows, Style, axis, curve, plot
-from ctrlray.stages.report_tables import (
-    Cell,
-    Table,
-    interval,
-    is_number,
-    metric_cell,
-    number,
-    number_cell,
-    percent,
-    percent_cell,
-    point,
-    table,
-)
+from ctrlray.stages.report_numbers import interval, is_number, number, percent, point
+from ctrlray.stages.report_tables import Cell, Table, metric_cell, number_cell, percent_cell, table
 
 TRAINED, JUDGED = Style("#2f7fc1", "circle", ""), Style("#d55e00", "square", "")
 LABELS = {"safe": "safe prompts that look unsafe", "unsafe": "prompts to be refused"}

@@ -9,16 +9,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ctrlray.stages.report_figures import AFTER, BEFORE, Figure, Rows, axis, plot
-from ctrlray.stages.report_tables import (
-    Cell,
-    Table,
-    duration,
-    duration_cell,
-    number,
-    number_cell,
-    percent,
-    table,
-)
+from ctrlray.stages.report_numbers import duration, number, percent
+from ctrlray.stages.report_tables import Cell, Table, duration_cell, number_cell, table
 
 
 def cost_figures(costs: Mapping[str, Any]) -> list[Figure]:

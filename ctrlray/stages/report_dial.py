@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 
 from ctrlray.metrics.pareto import front
 from ctrlray.stages.report_figures import DIVERGING, Figure, Rows, Style, category, heat, plot
-from ctrlray.stages.report_tables import bounds, ends, interval, number, point
+from ctrlray.stages.report_numbers import bounds, ends, interval, number, point
 from ctrlray.stages.report_trades import level_means
 from ctrlray.stages.report_verdict import is_baseline
 

@@ -15,7 +15,8 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from ctrlray.stages.report_tables import levels_of, number
+from ctrlray.stages.report_numbers import number
+from ctrlray.stages.report_tables import levels_of
 
 BEFORE, AFTER = "#8a8a8a", "#2f7fc1"
 Rows = list[Sequence[Any]]

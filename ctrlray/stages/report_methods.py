@@ -6,17 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ctrlray.stages.report_tables import (
-    NONE,
-    Cell,
-    Table,
-    bounds,
-    metric_cell,
-    number,
-    number_cell,
-    percent_cell,
-    table,
-)
+from ctrlray.stages.report_numbers import NONE, bounds, number
+from ctrlray.stages.report_tables import Cell, Table, metric_cell, number_cell, percent_cell, table
 
 SIGNIFICANT = 0.05
 METRICS = {

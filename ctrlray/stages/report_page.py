@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from ctrlray.stages.report_tables import duration, number
+from ctrlray.stages.report_numbers import duration, number
 
 SCRIPT = "report.js"
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "

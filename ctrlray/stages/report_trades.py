@@ -11,7 +11,8 @@ import numpy as np
 
 from ctrlray.metrics.bootstrap import Interval
 from ctrlray.metrics.entanglement import off_diagonal, relative_to_pool
-from ctrlray.stages.report_tables import Cell, Table, interval, metric_cell, number_cell, point, table
+from ctrlray.stages.report_numbers import interval, point
+from ctrlray.stages.report_tables import Cell, Table, metric_cell, number_cell, table
 
 
 def trade_table(attributes: Sequence[str], metrics: Mapping[str, Any]) -> Table | None:

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from ctrlray.stages.report_figures import Figure, Rows, Style, axis, curve, dotted, plot
-from ctrlray.stages.report_tables import is_number
+from ctrlray.stages.report_numbers import is_number
 
 CURVES = {
     "valid_gap": ("Held-out code gap", "nats per token; above 0 the model reads its code"),

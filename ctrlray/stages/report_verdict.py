@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ctrlray.stages.report_tables import interval, number, outside, percent
+from ctrlray.stages.report_numbers import interval, number, outside, percent
 
 BASELINES = frozenset({"start", "prompting", "reranking"})
 FEW_PROMPTS = 50

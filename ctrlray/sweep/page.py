@@ -14,20 +14,9 @@ import plotly.graph_objects as go
 from markupsafe import escape
 
 from ctrlray.stages import report_figures as figures
+from ctrlray.stages.report_numbers import bounds, interval, number, outside, point
 from ctrlray.stages.report_page import make_page
-from ctrlray.stages.report_tables import (
-    Cell,
-    Table,
-    bounds,
-    duration_cell,
-    interval,
-    metric_cell,
-    number,
-    number_cell,
-    outside,
-    point,
-    table,
-)
+from ctrlray.stages.report_tables import Cell, Table, duration_cell, metric_cell, number_cell, table
 from ctrlray.sweep.compare import STATISTICS
 
 TEMPLATE = "sweep.html.j2"

@@ -8,7 +8,8 @@ import pytest
 from ctrlray.stages.report import ReportData, render
 from ctrlray.stages.report_alarms import ADVICE, advice
 from ctrlray.stages.report_figures import styles
-from ctrlray.stages.report_tables import duration, interval, number, outside, unaccounted
+from ctrlray.stages.report_numbers import duration, interval, number, outside
+from ctrlray.stages.report_tables import unaccounted
 from tests.reports import NAMES, Page, body_of, ci, curve, ledger, method_metrics, report_data, sections
 
 EVIL = "<script>alert('x')</script><img src=\"http://evil.example/a.png\" onerror=alert(1)> & more \ud800"

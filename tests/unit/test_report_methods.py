@@ -3,7 +3,8 @@
 import math
 
 from ctrlray.stages import report_methods as methods
-from ctrlray.stages.report_tables import ends, metric_cell, number_cell, percent_cell, table
+from ctrlray.stages.report_numbers import ends
+from ctrlray.stages.report_tables import metric_cell, number_cell, percent_cell, table
 from tests.reports import DASH, MINUS, ci, texts
 
 

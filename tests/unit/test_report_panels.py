@@ -77,6 +77,7 @@ def test_cost_chart_and_table():
     assert [c.text for c in rows["generate"]][1:8] == ["720", "24,310", "130.3", "3 min 34 s", "27.4 s", "2 CPU", "428"]
     # seconds of all stages: 0.6 + 214 + 96 + 1.1 + 640 + 480 + 6.2 = 1437.9
     assert rows["generate"][8].value == pytest.approx(214 / 1437.9) and rows["score"][0].note == "streamed with generate"
+    assert cost.cost_table(found).data()[2][3:6] == [130.3, 214.0, 27.4] and cost.cost_table(found).data()[0][4] == "Time, s"
     assert rows["total"][4].text == "23 min 58 s" and rows["total"][2].text == "176,510"
     scaled = cost.projection_table(found, projections)
     assert scaled.header == ("Stage", "This run", "135 million parameters, 7,200 answers", "7.0 billion parameters, 720 answers")
