@@ -90,7 +90,7 @@ def overview(found: Comparison) -> Table:
     """What sets each variant apart, and what it took."""
     header = ("Variant", "Differs from the base in", "Method", "Examples", "Code gap", "Tokens per answer", "Own time")
     caption = "Variants. The code gap is in nats per token. Own time is from distillation to export; answers are shared."
-    return table(caption, header, map(_overview_row, found["variants"]))
+    return table(caption, header, map(_overview_row, found["variants"]), numeric=False)
 
 
 def _overview_row(v: Mapping[str, Any]) -> list[Cell]:
