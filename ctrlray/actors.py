@@ -17,6 +17,7 @@ import ray
 from ctrlray.config import Pool
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import plan
+from ctrlray.placement import on_nodes
 
 
 class Words(NamedTuple):
@@ -54,7 +55,7 @@ class ActorPool:
         self.actors = [self._start(i) for i in range(pool.max_size)]
 
     def _start(self, index: int) -> Any:
-        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus}
+        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus, "resources": on_nodes(self._pool.nodes)}
         actor = ray.remote(self._kind).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
         return actor.remote(*self._arguments)
 

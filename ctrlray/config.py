@@ -83,6 +83,10 @@ class Control(Frozen):
         return self
 
 
+NodeGroup = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+"""Name of a group of a cluster's nodes: a custom resource that each of them has one of, as in the files of `cluster/`."""
+
+
 class Pool(Frozen):
     """Size and resources of an actor pool."""
 
@@ -91,6 +95,8 @@ class Pool(Frozen):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs that one actor reserves in Ray; co-located pools take fractions."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that its actors run on; any node when unset."""
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 10
     """How often a dead actor is started anew before the stage fails."""
 
@@ -530,6 +536,8 @@ class Optimization(Frozen):
     workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that workers run on; any node when unset."""
     max_failures: Annotated[int, Field(ge=0, le=100)] = 1
     """How often lost workers are started again, from the last snapshot."""
 

@@ -23,7 +23,7 @@ from typing import Any
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
 from ctrlray.errors import ConfigError, DataError
-from ctrlray.placement import Shape
+from ctrlray.memory import Shape
 from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
 

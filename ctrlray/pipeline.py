@@ -50,7 +50,7 @@ _UPSTREAM: Mapping[str, tuple[str, ...]] = {
 Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
-_SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload"}
+_SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload", "nodes"}
 _SAME_SCORES = {"token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
 """Settings of training and of rewards that change how, not what."""
 _GROWTH_POLL_S = 2.0
@@ -233,7 +233,7 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
             raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
     if stage in _ON_RAY:
         start_ray(current.job.cluster)
-        _await_fit(current.job, progress)
+        _await_fit(current.job, progress, stage)
     began = time.time()
     with Clock(progress, current.out(stage)) as clock:
         result = _RUNNERS[stage](current, Tracked(clock, trackers, stage)).check(stage)
@@ -277,12 +277,17 @@ def start_ray(wanted: config.Cluster) -> None:
             ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
 
 
-def _await_fit(job: config.Job, progress: Progress) -> None:
-    """Refuse what the cluster cannot hold, after it had the time to grow that the job grants it."""
+def _await_fit(job: config.Job, progress: Progress, stage: str) -> None:
+    """Refuse what the cluster cannot hold, after it had the time to grow that the job grants it.
+
+    A cluster that stays as it is must hold the whole job before anything starts; one that grows, what this stage runs.
+    """
     from ray.autoscaler.sdk import request_resources
 
     shape = models.shape(models.resolve(job.model))
     groups = placement.plan(job, shape)
+    if job.cluster.autoscale_timeout_s:
+        groups = [g for g in groups if stage in placement.STAGES_OF[g.phase]]
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
     try:
@@ -304,7 +309,7 @@ def _nodes() -> list[placement.Node]:
     import ray
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30) for r in there]
+    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30, frozenset(r)) for r in there]
 
 
 def _prompts(current: Run, progress: Progress) -> StageResult:

@@ -28,6 +28,7 @@ from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
+from ctrlray.placement import on_nodes
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -187,6 +188,7 @@ def actor_options(pool: config.Pool, gpus: float | None = None) -> dict[str, Any
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2),
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus if gpus is None else gpus,
+        "resources": on_nodes(pool.nodes),
         "max_restarts": pool.max_restarts,
         "max_task_retries": pool.max_restarts,
     }

@@ -195,6 +195,6 @@ def test_what_the_evaluation_measured_is_logged(tmp_path, recorders, monkeypatch
 
     monkeypatch.setitem(pipeline._RUNNERS, "evaluate", evaluate)
     monkeypatch.setattr(pipeline, "start_ray", lambda wanted: None)
-    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress: None)
+    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress, stage: None)
     pipeline.run(tracked, ["evaluate"])
     assert ({"evaluate/clm/accuracy": 0.7}, None) in recorders[0].told
