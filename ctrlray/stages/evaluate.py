@@ -22,6 +22,7 @@ from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
+from ctrlray.metrics.compare import compare_grid
 from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.stages.generate import consume
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
@@ -102,6 +103,7 @@ def run(
     grid, failed = _grid(answers, job, cells, scales, out)
     out.write_table(grid, "grid")
     out.write_json(evaluate_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "metrics.json")
+    out.write_json(compare_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "comparisons.json")
     spent = {m: sum(a["num_tokens"] for a in answers if a["method"] == m) for m in methods}
     done = len(answers) - sum(failed.values())
     facts = {"tokens_spent": spent, "start_s": round(start_seconds(out), 1)}
