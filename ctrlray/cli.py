@@ -69,16 +69,19 @@ def _complete_run(ctx: click.Context, param: click.Parameter, typed: str) -> lis
     return [CompletionItem(n) for n in sorted(Path(r.root).name for r in runs.find()) if n.startswith(typed)]
 
 
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=C",
+    help="Override a setting of the job file; repeatable.",
+    shell_complete=_complete_setting,
+)
+
+
 def _job_options(function: Any) -> Any:
     for option in (
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="A.B=C",
-            help="Override a setting of the job file; repeatable.",
-            shell_complete=_complete_setting,
-        ),
+        _set_option,
         click.option("--dry-run", is_flag=True, help="Print the resolved job and estimates; start nothing."),
         click.option("--debug", is_flag=True, help="Print the traceback of an error."),
         click.argument("job", required=False, shell_complete=_complete_job),
@@ -215,6 +218,45 @@ def _print_placement(job: Job) -> None:
         memory = f"{group.memory_gib:.1f}" if group.memory_gib else "unknown"
         who = f"{group.actors} x {group.operator}"
         click.echo(f"{group.phase:<19} {who:<22} {group.cpus:>9g} {group.gpus:>9g} {memory:>9}")
+
+
+_PLAN = (
+    "ctrlray plan hh-qwen3-8b --cluster cluster/aws.yaml\n"
+    "ctrlray plan job.yaml --cluster cluster/gcp.yaml --rates rates.yaml --json"
+)
+
+
+@_command(main, "plan", "Say what a job needs of a cluster, how long it takes there and what it costs.", _PLAN)
+@click.option("--cluster", "cluster_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--prices", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machines; prices.yaml near the cluster file."
+)
+@click.option(
+    "--rates", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measured rates; by formula when left out."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_set_option
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("job", required=False, shell_complete=_complete_job)
+def _plan(
+    job: str | None,
+    overrides: tuple[str, ...],
+    cluster_file: Path,
+    prices: Path | None,
+    rates: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    import json
+
+    from ctrlray import planning
+
+    try:
+        made = planning.plan(load_job(job, overrides), cluster_file, prices, rates)
+    except Exception as error:
+        _fail(error, debug)
+    else:
+        click.echo(json.dumps(made, indent=1) if as_json else "\n".join(planning.lines(made)))
 
 
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])

@@ -46,6 +46,8 @@ class Model(Frozen):
     """`auto`: bfloat16 on GPUs and on processors with native bfloat16, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+    template_variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
+    """Variables of its chat template that are fixed for all requests, such as `{enable_thinking: false}`."""
     max_context: Annotated[int, Field(ge=64)] = 1024
     """Longest prompt plus answer in tokens; longer prompts are quarantined."""
 

@@ -60,6 +60,15 @@ class Shape:
         return 2 * self.layers * self.values * width
 
 
+def parameters_of(settings: Mapping[str, Any]) -> int:
+    """Parameters by a transformers config: the Llama family's, or GPT-2's. Raises KeyError for others."""
+    if "n_embd" not in settings:
+        return Shape.of(settings).parameters
+    width, layers = settings["n_embd"], settings["n_layer"]
+    tables = (settings["vocab_size"] + settings["n_positions"]) * width
+    return layers * (12 * width**2 + 13 * width) + tables + 2 * width
+
+
 class Memory(NamedTuple):
     """What one process holds on its device, in GiB."""
 
@@ -186,3 +195,8 @@ def engine_host_gib(job: config.Job, shape: Shape) -> float:
 def reward_weights_gib(parameters: int, *, gpu: bool) -> float:
     """Weights of a reward model."""
     return parameters * width("auto", gpu=gpu) / _GIB
+
+
+def preparing_gib(job: config.Job, shape: Shape) -> float:
+    """Host memory in which the driver prepares the base: the weights at two bytes each, or as wide as the model asks for."""
+    return WORKER_PROCESS_GIB + shape.parameters * width(job.model.dtype, gpu=True) / _GIB

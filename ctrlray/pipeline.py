@@ -178,7 +178,7 @@ class Run:
         """The part of the job that decides a stage's output."""
         job = self.job
         control = job.control.model_dump()
-        model = job.model.model_dump()
+        model = job.model.model_dump(exclude=None if job.model.template_variables else {"template_variables"})
         match stage:
             case "prompts":
                 return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]

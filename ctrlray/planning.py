@@ -1,0 +1,278 @@
+"""What a job does to a cluster that does not exist yet: actors, nodes, memory, tokens per second and dollars by stage.
+
+`placement` says what fits, `clusters` what is there, `rates` how fast it is; this puts them together and refuses what cannot
+run. JSON values out; `lines` has them as text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ctrlray import config, estimate, memory, models, placement, rates
+from ctrlray.clusters import GPU, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
+from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.memory import Memory, Shape
+from ctrlray.placement import Group
+from ctrlray.rates import Rate, Rates
+
+DRIVER_S = 60.0
+"""Assumed of a stage that runs in the driver."""
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Planner:
+    """A job and the cluster that it is planned for."""
+
+    job: config.Job
+    cluster: Cluster
+    prices: Prices
+    rates: Rates
+    shape: Shape
+    rewards: Mapping[str, int]
+    """Parameters of reward models by name."""
+
+    def plan(self) -> Row:
+        """Raises ClusterError, naming the smallest change, when the cluster cannot hold the job."""
+        self._refuse()
+        stages = list(self._stages())
+        seconds = sum(s["seconds"] for s in stages if s["beside"] is None)
+        return {
+            "job": self.job.name,
+            "cluster": self.cluster.name,
+            "run_root": self.job.run_root,
+            "parameters": self.shape.parameters,
+            "prices": {"as_of": self.prices.as_of, "source": self.prices.source},
+            "rates": self.rates.source,
+            "phases": [self._phase(name) for name in self._launched],
+            "memory": list(self._memory()),
+            "stages": stages,
+            "total": {"seconds": seconds, "dollars": sum(s["dollars"] for s in stages)},
+            "assumptions": [*rates.ASSUMPTIONS, f"a phase's nodes take {self.rates.start_s:g} s to come up, and are paid for"],
+        }
+
+    def _refuse(self) -> None:
+        groups = placement.plan(self.job, self.shape, self.rewards)
+        if problem := placement.misfit(self.job, groups, self.cluster.nodes(), self.shape, self.rewards):
+            raise ClusterError(f"{self.cluster.name}: {problem}")
+        head, needed = self.cluster.head.node, memory.preparing_gib(self.job, self.shape)
+        if needed > head.memory_gib:
+            raise ClusterError(
+                f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB and has {head.memory_gib:.1f}; the smallest "
+                f"change that fits: a head of {needed / head.memory_gib * self._head_gib:.0f} GiB"
+            )
+
+    @property
+    def _head_gib(self) -> float:
+        return self.prices.machines[self.cluster.head.machine].memory_gib
+
+    @cached_property
+    def _groups(self) -> dict[str, list[Group]]:
+        """Actors by phase: pools at their largest, or at the least size where the largest does not come up."""
+        found = {}
+        sizes = [placement.phases(placement.plan(self.job, self.shape, self.rewards, least=least)) for least in (False, True)]
+        for phase in sizes[0]:
+            largest, least = sizes[0][phase], sizes[1][phase]
+            found[phase] = least if isinstance(launch(self.cluster, largest), ConfigError) else largest
+        return found
+
+    @cached_property
+    def _launched(self) -> dict[str, Launched]:
+        made = {}
+        for phase, groups in self._groups.items():
+            nodes = launch(self.cluster, groups)
+            if isinstance(nodes, ConfigError):
+                raise ClusterError(f"{self.cluster.name}: {phase}: {nodes}") from nodes
+            made[phase] = nodes
+        return made
+
+    def _phase(self, name: str) -> Row:
+        groups, nodes = self._groups[name], self._launched[name]
+        least = {g.operator: g.actors for g in placement.plan(self.job, self.shape, self.rewards) if g.phase == name}
+        return {
+            "phase": name,
+            "stages": list(placement.STAGES_OF[name]),
+            "actors": [_actors(g, least[g.operator]) for g in groups],
+            "bundles": _counted([placement.bundle(g) for g in groups for _ in range(g.actors)]),
+            "gpus": sum(g.actors * g.gpus for g in groups),
+            "nodes": nodes.counts,
+            "dollars_per_hour": self.cluster.head.dollars_per_hour + nodes.dollars_per_hour,
+        }
+
+    def _host(self, group: Group) -> NodeType:
+        """The node type that runs a group's actors in its phase."""
+        types = {t.name: t for t in self.cluster.workers}
+        up = [types[name] for name in self._launched[group.phase].counts]
+        return next(t for t in [*up, self.cluster.head] if placement.takes(t.node, group))
+
+    def _gpu(self, group: Group) -> GPU | None:
+        kind = self._host(group).gpu
+        return self.prices.gpus[kind] if group.gpus and kind else None
+
+    def _memory(self) -> Iterator[Row]:
+        """What one process of each kind holds on its device, beside what the device has."""
+        parts = {"engine": memory.engine(self.job, self.shape), "worker": memory.worker(self.job, self.shape)}
+        for phase, groups in self._groups.items():
+            for g in groups:
+                if g.operator in parts and not (phase == "evaluate" and g.operator == "engine"):
+                    yield self._held(g, parts[g.operator])
+                elif g.operator.startswith("reward"):
+                    context = memory.CONTEXT_GIB if g.gpus else memory.WORKER_PROCESS_GIB
+                    size = max(g.gpu_gib if g.gpus else g.memory_gib, context)
+                    yield self._held(g, Memory(weights=size - context, process=context))
+
+    def _held(self, group: Group, held: Memory) -> Row:
+        host, on_gpu = self._host(group), group.gpus > 0
+        has = host.node.gpu_gib if on_gpu else host.node.memory_gib
+        row: Row = {"phase": group.phase, "operator": group.operator, "device": (host.gpu if on_gpu else None) or "host"}
+        row |= {"node_type": host.name, **{k: round(v, 2) for k, v in held._asdict().items()}}
+        row |= {"total": round(held.total, 2), "has": round(has, 1), "host_gib": round(group.memory_gib, 1)}
+        if group.operator == "engine" and on_gpu:
+            room = memory.engine_room(self.job, self.shape, has)
+            row["cache_tokens"] = int(room * 2**30 / self.shape.cache_bytes(memory.width(self.job.model.dtype, gpu=True)))
+        return row
+
+    def _stages(self) -> Iterator[Row]:
+        amounts = {e.stage: e for e in estimate.estimate(self.job, self.shape.parameters)}
+        engines, scoring_s, basis = self._engines(), *self._scoring(amounts["generate"].rows)
+        for name in ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report"):
+            amount = amounts.get(name, estimate.Estimate(name, 0, 0, None))
+            row: Row = {"stage": name, "rows": amount.rows, "tokens": amount.tokens, "tokens_per_s": None, "beside": None}
+            if name == "generate":
+                tokens_per_s = engines.per_s * self._count("generate and score", "engine")
+                seconds = max(amount.tokens / tokens_per_s, scoring_s)
+                row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
+                yield self._priced(row, seconds + self.rates.start_s, "generate and score")
+            elif name == "score":
+                yield row | {"seconds": scoring_s, "basis": basis, "dollars": 0.0, "beside": "generate"}
+            elif name == "train":
+                yield self._training(row)
+            elif name == "evaluate":
+                tokens_per_s = engines.per_s * self._count("evaluate", "engine")
+                seconds = amount.tokens / tokens_per_s + self._scoring(amount.rows)[0]
+                row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
+                yield self._priced(row, seconds + self.rates.start_s, "evaluate")
+            else:
+                yield self._priced(row | {"basis": "assumed"}, DRIVER_S, None)
+
+    def _priced(self, row: Row, seconds: float, phase: str | None) -> Row:
+        an_hour = self.cluster.head.dollars_per_hour + (self._launched[phase].dollars_per_hour if phase else 0.0)
+        return row | {"seconds": seconds, "dollars": seconds / 3600 * an_hour}
+
+    def _count(self, phase: str, operator: str) -> int:
+        return sum(g.actors for g in self._groups[phase] if g.operator == operator)
+
+    def _engines(self) -> Rate:
+        (group,) = (g for g in self._groups["generate and score"] if g.operator == "engine")
+        return rates.decoding(self.job, self.shape, self._gpu(group), self.rates)
+
+    def _scoring(self, rows: int) -> tuple[float, str]:
+        """Seconds that the slowest reward takes for so many answers, and where its rate comes from."""
+        slowest, basis = 0.0, ""
+        groups = [g for g in self._groups["generate and score"] if g.operator.startswith("reward")]
+        for group, reward in zip(groups, self.job.rewards, strict=True):
+            found = rates.scoring(self.job, self.rewards.get(getattr(reward, "model", ""), 0), self._gpu(group), self.rates)
+            seconds = rows / (found.per_s * group.actors)
+            if seconds >= slowest:
+                slowest, basis = seconds, found.basis
+        return slowest, basis
+
+    def _training(self, row: Row) -> Row:
+        """Likelihood objectives in the phase `train`; PPO, if any, with its engines and rewards up beside the workers."""
+        (group,) = self._groups["train"]
+        rate = rates.training(self.job, self.shape, self._gpu(group), self.rates)
+        tokens_per_s = rate.per_s * group.actors
+        row |= {"tokens_per_s": tokens_per_s, "basis": rate.basis}
+        ppos = [estimate.reinforced(o) for o in self.job.train.objectives if isinstance(o, config.PPO)]
+        learned = row["tokens"] - sum(p.trained for p in ppos)
+        made = self._priced(row, learned / tokens_per_s + (self.rates.start_s if learned else 0.0), "train")
+        for p in ppos:
+            sampled = p.sampled / (self._engines().per_s * self._count("train ppo", "engine"))
+            seconds = sampled + p.trained * p.passes / tokens_per_s + self._scoring(p.rollouts)[0] + self.rates.start_s
+            more = self._priced(row, seconds, "train ppo")
+            made = made | {k: made[k] + more[k] for k in ("seconds", "dollars")}
+        return made
+
+
+def plan(job: config.Job, cluster: Path, prices: Path | None = None, given: Path | None = None) -> Row:
+    """A job planned for a cluster file; prices stand in `prices.yaml` near it unless given, rates go by formula.
+
+    Raises ConfigError where a file or the model is not understood, ClusterError when the job does not fit.
+    """
+    priced = prices or next((p for p in (f / "prices.yaml" for f in cluster.resolve().parents[:2]) if p.is_file()), None)
+    if priced is None:
+        raise ConfigError(f"no prices.yaml near {cluster}; give --prices FILE, for example ctrlray's own cluster/prices.yaml")
+    facts = read_prices(priced)
+    shape, rewards = models.shape_from_hub(job.model), models.reward_parameters(job.rewards)
+    speeds = rates.read_rates(given) if given else Rates()
+    return Planner(job, read_cluster(cluster, facts), facts, speeds, shape, rewards).plan()
+
+
+def _actors(group: Group, least: int) -> Row:
+    made = {"operator": group.operator, "least": least, "planned": group.actors, "cpus": group.cpus, "gpus": group.gpus}
+    return made | {"nodes": group.nodes, "gpu_gib": round(group.gpu_gib, 1), "host_gib": round(group.memory_gib, 1)}
+
+
+def _counted(bundles: Sequence[dict[str, float]]) -> list[Row]:
+    """Equal bundles once, with their number."""
+    distinct: list[dict[str, float]] = []
+    for b in bundles:
+        if b not in distinct:
+            distinct.append(b)
+    return [{"count": bundles.count(b), "bundle": b} for b in distinct]
+
+
+def lines(plan: Mapping[str, Any]) -> list[str]:
+    """A plan as text."""
+    prices = plan["prices"]
+    return [
+        f"{plan['job']} on {plan['cluster']}: a model of {plan['parameters'] / 1e9:.2f} billion parameters",
+        "",
+        *_phase_lines(plan["phases"]),
+        "",
+        *_memory_lines(plan["memory"]),
+        "",
+        *_stage_lines(plan["stages"], plan["total"]),
+        "",
+        f"rates: {plan['rates']}; prices: {prices['source']}, {prices['as_of']}. Assuming:",
+        *(f"  {text}" for text in plan["assumptions"]),
+    ]
+
+
+def _phase_lines(phases: Sequence[Row]) -> Iterator[str]:
+    yield f"{'phase':<19} {'actors':<26} {'nodes':<15} {'CPUs':>6} {'GPUs':>6} {'GiB/GPU':>8} {'host GiB':>9}"
+    for p in phases:
+        for a in p["actors"]:
+            span = f"{a['least']} to {a['planned']}" if a["least"] < a["planned"] else f"{a['planned']}"
+            device = f"{a['gpu_gib']:.1f}" if a["gpus"] else "-"
+            yield (
+                f"{p['phase']:<19} {span + ' x ' + a['operator']:<26} {a['nodes'] or 'any':<15} {a['cpus']:>6g} {a['gpus']:>6g} "
+                f"{device:>8} {a['host_gib']:>9.1f}"
+            )
+        up = ", ".join(f"{count} x {name}" for name, count in p["nodes"].items()) or "the head alone"
+        yield f"{'':<19} {p['gpus']:g} GPUs; up: {up}; ${p['dollars_per_hour']:.2f} an hour with the head"
+
+
+def _memory_lines(rows: Sequence[Row]) -> Iterator[str]:
+    parts = ("weights", "cache", "gradients", "optimizer", "activations", "process", "loading")
+    yield f"{'GiB of one device':<28} " + " ".join(f"{p:>11}" for p in parts) + f" {'most':>7} {'has':>7}"
+    for r in rows:
+        who = f"{r['operator']} on {r['device']}"
+        yield f"{who:<28} " + " ".join(f"{r[p]:>11.2f}" for p in parts) + f" {r['total']:>7.1f} {r['has']:>7.1f}"
+        if "cache_tokens" in r:
+            yield f"{'':<28} the cache of an engine grows to {r['cache_tokens']:,} tokens"
+
+
+def _stage_lines(stages: Sequence[Row], total: Row) -> Iterator[str]:
+    yield f"{'stage':<10} {'rows':>9} {'tokens at most':>15} {'tokens/s':>10} {'rate':<14} {'minutes':>9} {'dollars':>9}"
+    for s in stages:
+        rate = f"{s['tokens_per_s']:,.0f}" if s["tokens_per_s"] else "-"
+        cost = f"with {s['beside']}" if s["beside"] else f"{s['dollars']:.2f}"
+        yield (
+            f"{s['stage']:<10} {s['rows']:>9,} {s['tokens']:>15,} {rate:>10} {s['basis']:<14} {s['seconds'] / 60:>9.1f} {cost:>9}"
+        )
+    yield f"{'total':<10} {'':>9} {'':>15} {'':>10} {'':<14} {total['seconds'] / 60:>9.1f} {total['dollars']:>9.2f}"
