@@ -64,9 +64,9 @@ def parameters_of(settings: Mapping[str, Any]) -> int:
     """Parameters by a transformers config: the Llama family's, or GPT-2's. Raises KeyError for others."""
     if "n_embd" not in settings:
         return Shape.of(settings).parameters
-    width, layers = settings["n_embd"], settings["n_layer"]
-    tables = (settings["vocab_size"] + settings["n_positions"]) * width
-    return layers * (12 * width**2 + 13 * width) + tables + 2 * width
+    hidden, layers, tables = (int(settings[k]) for k in ("n_embd", "n_layer", "vocab_size"))
+    tables += int(settings["n_positions"])
+    return layers * (12 * hidden * hidden + 13 * hidden) + tables * hidden + 2 * hidden
 
 
 class Memory(NamedTuple):

@@ -63,7 +63,9 @@ def on_nodes(name: str | None) -> dict[str, float]:
     return {name: _ON_NODES} if name else {}
 
 
-def plan(job: config.Job, shape: Shape | None = None, rewards: Mapping[str, int] | None = None, *, least: bool = True) -> list[Group]:
+def plan(
+    job: config.Job, shape: Shape | None = None, rewards: Mapping[str, int] | None = None, *, least: bool = True
+) -> list[Group]:
     """What each phase runs at the same time: at `least`, or with pools at their largest.
 
     Engines and reward actors run together; training runs alone. `rewards` has the parameters of reward models by name.
@@ -245,12 +247,12 @@ def _value(value: Any) -> str:
 
 
 def _smaller(job: config.Job) -> Iterator[Mapping[str, Any]]:
-    """Changes to try, smallest first: no groups of nodes, fewer actors, then less CPU each, then less memory."""
+    """Changes to try, smallest first: fewer actors, then less CPU each, then less memory, then any nodes for them."""
+    yield from _fewer(job)
+    yield from _leaner(job)
     placed = {"generate.pool": job.generate.pool.nodes, "score.pool": job.score.pool.nodes, "train": job.train.nodes}
     if any(placed.values()):
         yield {f"{path}.nodes": None for path, name in placed.items() if name}
-    yield from _fewer(job)
-    yield from _leaner(job)
 
 
 def _fewer(job: config.Job) -> Iterator[Mapping[str, Any]]:

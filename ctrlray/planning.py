@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ctrlray import config, estimate, memory, models, placement, rates
-from ctrlray.clusters import GPU, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
+from ctrlray.clusters import GPU, RAY_SHARE, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.memory import Memory, Shape
 from ctrlray.placement import Group
@@ -62,13 +62,9 @@ class Planner:
         head, needed = self.cluster.head.node, memory.preparing_gib(self.job, self.shape)
         if needed > head.memory_gib:
             raise ClusterError(
-                f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB and has {head.memory_gib:.1f}; the smallest "
-                f"change that fits: a head of {needed / head.memory_gib * self._head_gib:.0f} GiB"
+                f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB, and Ray gives {head.memory_gib:.1f} GiB of "
+                f"its {head.memory_gib / RAY_SHARE:.0f}. The smallest change that fits: a head of {needed / RAY_SHARE:.0f} GiB."
             )
-
-    @property
-    def _head_gib(self) -> float:
-        return self.prices.machines[self.cluster.head.machine].memory_gib
 
     @cached_property
     def _groups(self) -> dict[str, list[Group]]:
