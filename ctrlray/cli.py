@@ -15,8 +15,8 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from ctrlray import __version__
-from ctrlray.config import Job, load_job, packaged_jobs, setting_names
-from ctrlray.errors import CtrlRayError, StorageError
+from ctrlray.config import Job, load_job, packaged_jobs, read_job, setting_names
+from ctrlray.errors import ConfigError, CtrlRayError, StorageError
 
 if TYPE_CHECKING:
     from ctrlray.console import Console
@@ -259,11 +259,85 @@ def _plan(
         click.echo(json.dumps(made, indent=1) if as_json else "\n".join(planning.lines(made)))
 
 
+_SUBMIT = (
+    "ctrlray submit hh-qwen3-8b --address http://localhost:8265 --set run_root=s3://bucket/runs/qwen\n"
+    "ctrlray submit job.yaml --working-dir . --env HF_TOKEN\n"
+    "ctrlray submit job.yaml --stop"
+)
+_SUBMIT_TEXT = """Run a job on a cluster through Ray's job server, and follow it.
+
+Submitted again, a job that runs is followed and one that ended goes on from its run_root. Exits with the job's exit code."""
+
+
+@_command(main, "submit", _SUBMIT_TEXT, _SUBMIT)
+@click.option("--address", metavar="URL", help="Job server, http://HEAD:8265; RAY_ADDRESS, or the Ray of this machine.")
+@click.option("--stop", "stops", is_flag=True, help="Stop the job that writes to this run_root; what is finished is kept.")
+@click.option("--restarts", default=3, show_default=True, help="How often a driver that is killed is started again.")
+@click.option(
+    "--working-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that goes along: modules of function rewards, prompt files.",
+)
+@click.option("--env", "variables", multiple=True, metavar="NAME", help="Pass a variable of this shell on; repeatable.")
+@click.option(
+    "--runtime-env",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML of Ray's runtime_env, where the image lacks something.",
+)
+@_set_option
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("job", required=False, shell_complete=_complete_job)
+def _submit(
+    job: str | None,
+    overrides: tuple[str, ...],
+    address: str | None,
+    stops: bool,
+    restarts: int,
+    working_dir: Path | None,
+    variables: tuple[str, ...],
+    runtime_env: Path | None,
+    debug: bool,
+) -> None:
+    from ctrlray import submit
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        loaded = load_job(job, overrides)
+        submit.require_shared(loaded)
+        environment = _runtime_env(runtime_env, variables)
+        cluster = submit.Cluster(address)
+        if stops:
+            code = submit.stop(loaded, cluster, say)
+        else:
+            more: Any = {"restarts": restarts, "working_dir": working_dir, "runtime_env": environment}
+            code = submit.submit(loaded, cluster, say, lambda text: click.echo(text, nl=False), **more)
+    except Exception as error:
+        _fail(error, debug)
+    else:
+        sys.exit(code)
+
+
+def _runtime_env(path: Path | None, variables: Sequence[str]) -> dict[str, Any]:
+    """A file's runtime_env with variables of this shell in it. Raises ConfigError for one that is not set."""
+    made = read_job(path) if path else {}
+    if missing := [v for v in variables if v not in os.environ]:
+        raise ConfigError(f"--env {missing[0]}: no such variable in this shell; export it first")
+    return made | {"env_vars": {**made.get("env_vars", {}), **{v: os.environ[v] for v in variables}}}
+
+
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])
+@click.option("--restarts", default=0, help="How often a driver that is killed is started again.")
 @_job_options
-def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool, restarts: int) -> None:
     from ctrlray.pipeline import STAGES
 
+    if restarts and not dry_run:
+        from ctrlray.restarts import again, keep
+
+        settings = [word for o in overrides for word in ("--set", o)]
+        sys.exit(keep(again(["pipeline", *filter(None, [job]), *settings, *(["--debug"] if debug else [])]), restarts))
     _run(STAGES, job, overrides, dry_run, debug)
 
 

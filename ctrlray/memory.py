@@ -171,7 +171,7 @@ def learner(train: config.Optimization, shape: Shape, dtype: str = "auto") -> Me
 
 
 def worker_host_gib(job: config.Job, shape: Shape) -> float:
-    """Host memory of a training worker: all of it on processors; beside a GPU the weights while they load, and what is offloaded."""
+    """Host memory of a training worker: all of it on processors; beside a GPU the loading weights, and what is offloaded."""
     if not job.train.gpus_per_worker:
         return worker(job, shape).total
     each = 4 if job.train.lora is None else width(job.model.dtype, gpu=True)

@@ -62,8 +62,8 @@ class Planner:
         head, needed = self.cluster.head.node, memory.preparing_gib(self.job, self.shape)
         if needed > head.memory_gib:
             raise ClusterError(
-                f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB, and Ray gives {head.memory_gib:.1f} GiB of "
-                f"its {head.memory_gib / RAY_SHARE:.0f}. The smallest change that fits: a head of {needed / RAY_SHARE:.0f} GiB."
+                f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB, and Ray gives {head.memory_gib:.1f} GiB "
+                f"of its {head.memory_gib / RAY_SHARE:.0f}. The smallest change that fits: a head of {needed / RAY_SHARE:.0f} GiB."
             )
 
     @cached_property
