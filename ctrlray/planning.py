@@ -63,7 +63,8 @@ class Planner:
         if needed > head.memory_gib:
             raise ClusterError(
                 f"{self.cluster.name}: the head prepares the model in {needed:.1f} GiB, and Ray gives {head.memory_gib:.1f} GiB "
-                f"of its {head.memory_gib / RAY_SHARE:.0f}. The smallest change that fits: a head of {needed / RAY_SHARE:.0f} GiB."
+                f"of its {head.memory_gib / RAY_SHARE:.0f}. The smallest change that fits: a head of {needed / RAY_SHARE:.0f} "
+                "GiB."
             )
 
     @cached_property

@@ -20,7 +20,7 @@ _PAUSE_S = 2.0
 
 
 def keep(command: Sequence[str], most: int, pause_s: float = _PAUSE_S) -> int:
-    """Run a command, again up to `most` times while it is killed; its exit code, 128 + the signal where it was killed for good."""
+    """Run a command, again up to `most` times while it is killed; its exit code, 128 + the signal that killed it for good."""
     for tries in range(most + 1):
         code, asked = _once(command)
         if code not in KILLED or asked or tries == most:

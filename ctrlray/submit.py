@@ -46,7 +46,8 @@ class Cluster:
         except (ConnectionError, RuntimeError) as error:
             raise ClusterError(
                 f"no job server at {address or 'the address in RAY_ADDRESS'}: {str(error).splitlines()[0]}. Give --address "
-                "http://HEAD:8265, with `ray dashboard cluster.yaml` or a port-forward running where the head is not reached directly"
+                "http://HEAD:8265, with `ray dashboard cluster.yaml` or a port-forward running where the head is not reached "
+                "directly"
             ) from error
 
     def running(self, root: str) -> Any:
@@ -118,8 +119,8 @@ def submit(
     found = cluster.running(job.root)
     if found is not None and found.metadata[_DIGEST] != _digest(job):
         raise ConfigError(
-            f"job {found.submission_id} with other settings writes to {job.root}; stop it (the same command with --stop), or give "
-            "another run_root"
+            f"job {found.submission_id} with other settings writes to {job.root}; stop it (the same command with --stop), or "
+            "give another run_root"
         )
     if found is None:
         submission = cluster.send(job, restarts, working_dir, runtime_env or {})
@@ -130,7 +131,8 @@ def submit(
     try:
         return cluster.follow(submission, write)
     except KeyboardInterrupt:
-        say(f"\nleft {submission} running. Follow it again: {shlex.join(['ctrlray', *sys.argv[1:]])}\nStop it: the same with --stop")
+        again = shlex.join(["ctrlray", *sys.argv[1:]])
+        say(f"\nleft {submission} running. Follow it again: {again}\nStop it: the same with --stop")
         return DETACHED
 
 

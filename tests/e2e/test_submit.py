@@ -1,4 +1,4 @@
-"""`ctrlray submit` against a real `ray start --head` with a token: followed, left, stopped, sent again, resumed, its driver killed."""
+"""`ctrlray submit` on a real `ray start --head` with a token: followed, left, stopped, resumed, its driver killed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ import yaml
 from tests.e2e.tiny_job import tiny_job
 
 pytestmark = pytest.mark.slow
-REWARD = "def lengths(prompts, responses):\n    return {'brevity': [-len(r) for r in responses], 'variety': [len(set(r)) for r in responses]}\n"
+REWARD = """
+def lengths(prompts, responses):
+    return {"brevity": [-len(r) for r in responses], "variety": [len(set(r)) for r in responses]}
+"""
 BIN = Path(sys.executable).parent
 
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ctrlray import config, models, planning, rates
+from ctrlray import config, planning, rates
 from ctrlray.cli import main
 from ctrlray.clusters import GPU
 from ctrlray.errors import ClusterError, ConfigError

@@ -49,7 +49,8 @@ def test_a_wish_to_end_is_passed_on_and_ends_the_restarts(tmp_path):
         "p = pathlib.Path(sys.argv[1]); p.write_text(str(int(p.read_text() if p.exists() else 0) + 1))\n"
         "time.sleep(60)"
     )
-    command = f"from ctrlray.restarts import keep; import sys; sys.exit(keep([sys.executable, '-c', {code!r}, {str(ready)!r}], 3))"
+    words = f"[sys.executable, '-c', {code!r}, {str(ready)!r}]"
+    command = f"from ctrlray.restarts import keep; import sys; sys.exit(keep({words}, 3))"
     keeper = subprocess.Popen([sys.executable, "-c", command], cwd=ROOT)
     try:
         while not ready.exists() or not ready.read_text():

@@ -163,7 +163,9 @@ def test_a_variable_that_is_not_set_is_named(server, monkeypatch):
     assert "--env NO_SUCH: no such variable in this shell" in run("--env", "NO_SUCH").output and not server.sent
 
 
-@pytest.mark.parametrize(("file", "mode", "expected"), [(True, None, "token"), (False, None, None), (True, "disabled", "disabled")])
+@pytest.mark.parametrize(
+    ("file", "mode", "expected"), [(True, None, "token"), (False, None, None), (True, "disabled", "disabled")]
+)
 def test_the_token_of_this_user_is_sent_unless_told_otherwise(tmp_path, monkeypatch, file, mode, expected):
     monkeypatch.setenv("HOME", str(tmp_path))
     if file:
