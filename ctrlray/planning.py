@@ -16,7 +16,7 @@ from ctrlray import config, estimate, memory, models, placement, rates
 from ctrlray.clusters import GPU, RAY_SHARE, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.memory import Memory, Shape
-from ctrlray.placement import Group
+from ctrlray.placement import JUDGING, Group
 from ctrlray.rates import Rate, Rates
 
 DRIVER_S = 60.0
@@ -117,7 +117,7 @@ class Planner:
             for g in groups:
                 if g.operator in parts and not (phase == "evaluate" and g.operator == "engine"):
                     yield self._held(g, parts[g.operator])
-                elif g.operator.startswith("reward"):
+                elif g.operator.startswith(("reward", "judge")):
                     context = memory.CONTEXT_GIB if g.gpus else memory.WORKER_PROCESS_GIB
                     size = max(g.gpu_gib if g.gpus else g.memory_gib, context)
                     yield self._held(g, Memory(weights=size - context, process=context))
@@ -136,23 +136,21 @@ class Planner:
     def _stages(self) -> Iterator[Row]:
         amounts = {e.stage: e for e in estimate.estimate(self.job, self.shape.parameters)}
         engines, scoring_s, basis = self._engines(), *self._scoring(amounts["generate"].rows)
+        first = "generate and score"
         for name in ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report"):
             amount = amounts.get(name, estimate.Estimate(name, 0, 0, None))
             row: Row = {"stage": name, "rows": amount.rows, "tokens": amount.tokens, "tokens_per_s": None, "beside": None}
             if name == "generate":
-                tokens_per_s = engines.per_s * self._count("generate and score", "engine")
+                tokens_per_s = engines.per_s * self._count(first, "engine")
                 seconds = max(amount.tokens / tokens_per_s, scoring_s)
                 row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
-                yield self._priced(row, seconds + self.rates.start_s, "generate and score")
+                yield self._priced(row, seconds + self.rates.start_s, first)
             elif name == "score":
                 yield row | {"seconds": scoring_s, "basis": basis, "dollars": 0.0, "beside": "generate"}
             elif name == "train":
                 yield self._training(row)
             elif name == "evaluate":
-                tokens_per_s = engines.per_s * self._count("evaluate", "engine")
-                seconds = amount.tokens / tokens_per_s + self._scoring(amount.rows)[0]
-                row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
-                yield self._priced(row, seconds + self.rates.start_s, "evaluate")
+                yield self._evaluation(row, engines, amounts["generate"].rows)
             else:
                 yield self._priced(row | {"basis": "assumed"}, DRIVER_S, None)
 
@@ -167,16 +165,30 @@ class Planner:
         (group,) = (g for g in self._groups["generate and score"] if g.operator == "engine")
         return rates.decoding(self.job, self.shape, self._gpu(group), self.rates)
 
-    def _scoring(self, rows: int) -> tuple[float, str]:
-        """Seconds that the slowest reward takes for so many answers, and where its rate comes from."""
+    def _scoring(self, rows: int, *, judges: bool = False) -> tuple[float, str]:
+        """Seconds that the slowest reward takes for so many answers, or the slowest judge, and where its rate comes from."""
         slowest, basis = 0.0, ""
-        groups = [g for g in self._groups["generate and score"] if g.operator.startswith("reward")]
-        for group, reward in zip(groups, self.job.rewards, strict=True):
+        phase, kind = (JUDGING, "judge") if judges else ("generate and score", "reward")
+        groups = [g for g in self._groups[phase] if g.operator.startswith(kind)]
+        for group, reward in zip(groups, self.job.judges if judges else self.job.teachers, strict=True):
             found = rates.scoring(self.job, self.rewards.get(getattr(reward, "model", ""), 0), self._gpu(group), self.rates)
             seconds = rows / (found.per_s * group.actors)
             if seconds >= slowest:
                 slowest, basis = seconds, found.basis
         return slowest, basis
+
+    def _evaluation(self, row: Row, engines: Rate, pool: int) -> Row:
+        """The grid is sampled and scored; then judges, if any, score it, the sampled answers, and some of PPO's rollouts."""
+        tokens_per_s = engines.per_s * self._count("evaluate", "engine")
+        row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
+        seconds = row["tokens"] / tokens_per_s + self._scoring(row["rows"])[0]
+        made = self._priced(row, seconds + self.rates.start_s, "evaluate")
+        if not self.job.judges:
+            return made
+        reinforced = any(isinstance(o, config.PPO) for o in self.job.train.objectives)
+        rows = row["rows"] + pool + (self.job.evaluate.judged_rollouts if reinforced else 0)
+        more = self._priced(row, self._scoring(rows, judges=True)[0] + self.rates.start_s, JUDGING)
+        return _sum(made, more)
 
     def _training(self, row: Row) -> Row:
         """Likelihood objectives in the phase `train`; PPO, if any, with its engines and rewards up beside the workers."""
@@ -190,8 +202,7 @@ class Planner:
         for p in ppos:
             sampled = p.sampled / (self._engines().per_s * self._count("train ppo", "engine"))
             seconds = sampled + p.trained * p.passes / tokens_per_s + self._scoring(p.rollouts)[0] + self.rates.start_s
-            more = self._priced(row, seconds, "train ppo")
-            made = made | {k: made[k] + more[k] for k in ("seconds", "dollars")}
+            made = _sum(made, self._priced(row, seconds, "train ppo"))
         return made
 
 
@@ -207,6 +218,11 @@ def plan(job: config.Job, cluster: Path, prices: Path | None = None, given: Path
     shape, rewards = models.shape_from_hub(job.model), models.reward_parameters(job.rewards)
     speeds = rates.read_rates(given) if given else Rates()
     return Planner(job, read_cluster(cluster, facts), facts, speeds, shape, rewards).plan()
+
+
+def _sum(one: Row, other: Row) -> Row:
+    """A stage's row with what two of its phases take."""
+    return one | {k: one[k] + other[k] for k in ("seconds", "dollars")}
 
 
 def _actors(group: Group, least: int) -> Row:

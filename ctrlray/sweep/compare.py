@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 
 from ctrlray import config, schema
-from ctrlray.metrics import Floats, Interval, Ints, draws, interval, mae, pairwise_order, slopes, spearman_level_means
+from ctrlray.metrics.bootstrap import Floats, Interval, Ints, draws, interval
+from ctrlray.metrics.control import mae, pairwise_order, spearman_level_means
+from ctrlray.metrics.entanglement import slopes
 from ctrlray.pipeline import Run
 from ctrlray.reporting import code_gaps
 from ctrlray.sweep.plan import Plan

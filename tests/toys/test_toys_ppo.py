@@ -1,4 +1,4 @@
-"""Reinforcement in a toy world, by the real path (benchmarks/toy_policy.py): each estimator takes steps, and one learns the dial."""
+"""Reinforcement in a toy world, by the real path (benchmarks/toy_policy.py): each estimator takes steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from benchmarks.toy_model import ToyBench, toy_network
 from benchmarks.toy_policy import reinforced
 from benchmarks.toy_ppo_page import ESTIMATORS, section
 from benchmarks.toy_world import NUM_WORDS, ToyWorld
-from ctrlray import config
 
 FEW = 30
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from ctrlray import config, planning, rates
+from ctrlray import config, models, planning, rates
 from ctrlray.cli import main
 from ctrlray.clusters import GPU
 from ctrlray.errors import ClusterError, ConfigError
@@ -165,10 +165,28 @@ def test_the_command_prints_text_and_json(tmp_path):
     assert refused.exit_code == 4 and "The smallest change that fits: train.workers=16" in refused.output
 
 
-def test_a_model_that_nobody_knows_is_named(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(ConfigError, match=r"model.name='org/unknown'.*config.json into a folder"):
-        planned("model.name=org/unknown")
+@pytest.mark.parametrize("setting", ["model.name", "rewards.1.model"])
+def test_a_model_that_nobody_knows_is_named(monkeypatch, setting):
+    monkeypatch.setattr(models, "_settings_there", lambda name, revision: {}["hidden_size"])
+    with pytest.raises(ConfigError, match=rf"{setting}='org/unknown'.*plan with --set {setting}=FOLDER"):
+        planned(f"{setting}=org/unknown")
+
+
+def test_judges_are_paid_when_the_engines_are_gone(tmp_path):
+    given = _rates(tmp_path, generate_tokens_per_s=1000, score_rows_per_s=100, train_tokens_per_s=500, start_s=600)
+    outputs = "attributes: [helpfulness, harmlessness]"
+    judge = f"{{type: http, url: 'http://judge/v1', {outputs}, judge: true}}"
+    model = f"{{type: hf, model: Ray2333/gpt2-large-helpful-reward_model, {outputs}}}"
+    plain, judged = (planned(f"rewards=[{model}{more}]", given=given) for more in ("", f", {judge}"))
+    assert phase(judged, "evaluate: judges")["stages"] == ["evaluate"]
+    assert phase(judged, "evaluate: judges")["nodes"] == {"reward": 1}
+    before, after = stage(plain, "evaluate"), stage(judged, "evaluate")
+    # the judge's two actors score the grid and the 80,000 sampled answers once more, after their node has come up
+    (pool,) = (a for a in phase(judged, "evaluate: judges")["actors"] if a["operator"] == "judge http")
+    seconds = (before["rows"] + 80_000) / (100 * pool["planned"]) + 600
+    assert after["seconds"] - before["seconds"] == pytest.approx(seconds)
+    assert after["dollars"] - before["dollars"] == pytest.approx(seconds / 3600 * (2.02 + 0.39))
+    assert stage(judged, "generate") == stage(plain, "generate")
 
 
 @pytest.mark.parametrize("name", HH)

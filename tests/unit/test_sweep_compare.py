@@ -11,7 +11,8 @@ import re
 import numpy as np
 import pytest
 
-from ctrlray import metrics, schema
+from ctrlray import schema
+from ctrlray.metrics.bootstrap import draws
 from ctrlray.pipeline import STAGES
 from ctrlray.sweep import page
 from ctrlray.sweep.compare import STATISTICS, Rows, compare, difference, ends, rows_of
@@ -127,7 +128,7 @@ def test_a_common_shift_of_hard_prompts_does_not_widen_a_difference():
     prompt_N = np.repeat(np.arange(30), 3)
     requested_NA = np.tile([[1.0], [2.0], [3.0]], (30, 1))
     rows = [Rows(requested_NA, requested_NA + hard_P[prompt_N][:, None] + shift, prompt_N) for shift in (0.5, 0.0)]
-    made = difference(STATISTICS["mae"], rows, (0, 0), metrics.draws(30, 200, 0))
+    made = difference(STATISTICS["mae"], rows, (0, 0), draws(30, 200, 0))
     assert made.value == pytest.approx(0.5) and made.high - made.low < 1e-6
 
 
