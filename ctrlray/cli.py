@@ -229,7 +229,7 @@ _PLAN = (
 @_command(main, "plan", "Say what a job needs of a cluster, how long it takes there and what it costs.", _PLAN)
 @click.option("--cluster", "cluster_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--prices", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machines; prices.yaml near the cluster file."
+    "--prices", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machines and prices; ctrlray's own if left out."
 )
 @click.option(
     "--rates", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measured rates; by formula when left out."
@@ -249,14 +249,14 @@ def _plan(
 ) -> None:
     import json
 
-    from ctrlray import planning
+    from ctrlray import planning, planning_text
 
     try:
         made = planning.plan(load_job(job, overrides), cluster_file, prices, rates)
     except Exception as error:
         _fail(error, debug)
     else:
-        click.echo(json.dumps(made, indent=1) if as_json else "\n".join(planning.lines(made)))
+        click.echo(json.dumps(made, indent=1) if as_json else "\n".join(planning_text.lines(made)))
 
 
 _SUBMIT = (

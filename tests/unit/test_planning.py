@@ -138,12 +138,22 @@ def test_a_head_too_small_to_prepare_the_model_is_refused(tmp_path):
     raw["available_node_types"]["head"] = {"resources": {"CPU": 8}, "node_config": {"InstanceType": "g6.2xlarge"}}
     path = tmp_path / "small.yaml"
     path.write_text(yaml.safe_dump(raw))
-    prices = ROOT / "cluster" / "prices.yaml"
     said = r"prepares the model in 132\.6 GiB, and Ray gives 22\.4 GiB of its 32\. .* a head of 189 GiB"
     with pytest.raises(ClusterError, match=said):
-        planned(job="hh-llama3-70b", cluster=path, prices=prices)
-    with pytest.raises(ConfigError, match=r"no prices.yaml near .*give --prices FILE"):
-        planned(cluster=path)
+        planned(job="hh-llama3-70b", cluster=path)
+
+
+def test_other_prices_can_be_given(tmp_path):
+    raw = yaml.safe_load((ROOT / "cluster" / "prices.yaml").read_text())
+    raw["machines"]["p4d.24xlarge"]["dollars_per_hour"] = 100.0
+    path = tmp_path / "prices.yaml"
+    path.write_text(yaml.safe_dump(raw | {"source": "mine"}))
+    plan = planned(prices=path)
+    assert phase(plan, "train")["dollars_per_hour"] == pytest.approx(102.02) and plan["prices"]["source"] == "mine"
+    del raw["machines"]["p4d.24xlarge"]
+    path.write_text(yaml.safe_dump(raw))
+    with pytest.raises(ConfigError, match=r"training: .*machine 'p4d.24xlarge' has no entry in the prices"):
+        planned(prices=path)
 
 
 def test_pools_shrink_where_their_largest_does_not_come_up():
