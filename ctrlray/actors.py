@@ -18,6 +18,7 @@ from ctrlray.config import Pool
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import plan
 from ctrlray.placement import on_nodes
+from ctrlray.telemetry import current, record, warn
 
 
 class Words(NamedTuple):
@@ -151,6 +152,8 @@ class ActorPool:
                 f"{self._name}: {self._words.actor}s ended {self._restarts} times, more than {self._words.restarts}="
                 f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
             ) from error
+        record(current(), "ctrlray_actor_restarts", 1, actor=self._words.actor)
+        warn(current(), f"{self._words.actor} {index} of {self._name} ended: {last_line(error)}; starting another")
         ray.kill(self.actors[index])  # one that only raised is in an unknown state
         self.actors[index] = self._start(index)
         self._await_start([self.actors[index]])

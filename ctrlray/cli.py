@@ -69,6 +69,7 @@ def _complete_run(ctx: click.Context, param: click.Parameter, typed: str) -> lis
     return [CompletionItem(n) for n in sorted(Path(r.root).name for r in runs.find()) if n.startswith(typed)]
 
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 _set_option = click.option(
     "--set",
     "overrides",
@@ -227,13 +228,9 @@ _PLAN = (
 
 
 @_command(main, "plan", "Say what a job needs of a cluster, how long it takes there and what it costs.", _PLAN)
-@click.option("--cluster", "cluster_file", required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--prices", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Machines and prices; ctrlray's own if left out."
-)
-@click.option(
-    "--rates", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Measured rates; by formula when left out."
-)
+@click.option("--cluster", "cluster_file", required=True, type=_FILE, help="Cluster file of Ray or KubeRay.")
+@click.option("--prices", type=_FILE, help="Machines and what they cost; ctrlray's own prices when left out.")
+@click.option("--rates", type=_FILE, help="Measured rates; by formula when left out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @_set_option
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
@@ -281,7 +278,7 @@ Submitted again, a job that runs is followed and one that ended goes on from its
 @click.option("--env", "variables", multiple=True, metavar="NAME", help="Pass a variable of this shell on; repeatable.")
 @click.option(
     "--runtime-env",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    type=_FILE,
     help="YAML of Ray's runtime_env, where the image lacks something.",
 )
 @_set_option
@@ -391,7 +388,7 @@ _SWEEP = (
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the sweep file; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what each variant would share and do, and why; start nothing.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=_FILE)
 def _sweep(file: Path, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
     from ctrlray.sweep import command
     from ctrlray.sweep.plan import load
@@ -457,7 +454,7 @@ def _reward_options(function: Any) -> Any:
 
 @_command(_reward, "train", "Make a reward from human labels: linear heads, or a fine-tuned model.", _REWARD_TRAIN)
 @_reward_options
-@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("job", type=_FILE)
 def _reward_train(job: Path, overrides: tuple[str, ...], debug: bool) -> None:
     try:
         click.echo(_train_reward(job, overrides))

@@ -26,7 +26,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from ctrlray import __version__, config, models, placement, schema
+from ctrlray import __version__, config, models, placement, schema, telemetry
 from ctrlray.clock import Clock
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError, ConfigError
@@ -34,6 +34,7 @@ from ctrlray.lease import Lease
 from ctrlray.ledger import Progress, Silent, StageResult
 from ctrlray.quiet import quiet_libraries
 from ctrlray.tables import Storage
+from ctrlray.telemetry import Metered
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
@@ -226,7 +227,8 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
         current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
         for stage in stages:
             lease.check()
-            _run_stage(current, stage, progress(stage), trackers)
+            with telemetry.at(job.root, stage):
+                _run_stage(current, stage, progress(stage), trackers)
     return current
 
 
@@ -242,7 +244,7 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
         _await_fit(current.job, progress, stage)
     began = time.time()
     with Clock(progress, current.out(stage)) as clock:
-        result = _RUNNERS[stage](current, Tracked(clock, trackers, stage)).check(stage)
+        result = _RUNNERS[stage](current, Metered(Tracked(clock, trackers, stage))).check(stage)
     record = result.to_dict() | {
         "seconds": round(clock.seconds, 1),
         "started": _stamp(began),
@@ -252,7 +254,9 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     _write_manifest(current)
     trackers.log(stage_numbers(stage, record))
     if stage == "evaluate":
-        trackers.log(control_numbers(current.out(stage).read_json("metrics.json")))
+        metrics = current.out(stage).read_json("metrics.json")
+        trackers.log(control_numbers(metrics))
+        telemetry.record_level_errors(metrics)
         if current.job.judges:
             trackers.log(control_numbers(current.out(stage).read_json("judge.json"), ("judge",)))
 
@@ -452,7 +456,8 @@ _RUNNERS: Mapping[str, Callable[[Run, Progress], StageResult]] = {
 
 
 def _write_manifest(current: Run) -> None:
-    stages = {s: current.result(s) for s in STAGES}
+    stages = {s: r for s in STAGES if (r := current.result(s)) is not None}
+    telemetry.record_accounts(stages)
     sources = [*current.job.prompts.sources, *(s for wanted in current.job.evaluate.sets for s in wanted.sources)]
     manifest = {
         "schema": schema.VERSION,
@@ -462,7 +467,7 @@ def _write_manifest(current: Run) -> None:
         "machine": machine(),
         "commit": commit(),
         "inputs": {_source_name(s): digest for s in sources if (digest := current.content(s))},
-        "stages": {s: r for s, r in stages.items() if r is not None},
+        "stages": stages,
     }
     current.storage.write_json(manifest, "manifest.json")
 
