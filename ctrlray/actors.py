@@ -17,6 +17,8 @@ import ray
 from ctrlray.config import Pool
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import plan
+from ctrlray.placement import on_nodes
+from ctrlray.telemetry import current, record, warn
 
 
 class Words(NamedTuple):
@@ -54,7 +56,7 @@ class ActorPool:
         self.actors = [self._start(i) for i in range(pool.max_size)]
 
     def _start(self, index: int) -> Any:
-        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus}
+        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus, "resources": on_nodes(self._pool.nodes)}
         actor = ray.remote(self._kind).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
         return actor.remote(*self._arguments)
 
@@ -150,6 +152,8 @@ class ActorPool:
                 f"{self._name}: {self._words.actor}s ended {self._restarts} times, more than {self._words.restarts}="
                 f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
             ) from error
+        record(current(), "ctrlray_actor_restarts", 1, actor=self._words.actor)
+        warn(current(), f"{self._words.actor} {index} of {self._name} ended: {last_line(error)}; starting another")
         ray.kill(self.actors[index])  # one that only raised is in an unknown state
         self.actors[index] = self._start(index)
         self._await_start([self.actors[index]])

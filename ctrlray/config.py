@@ -46,6 +46,8 @@ class Model(Frozen):
     """`auto`: bfloat16 on GPUs and on processors with native bfloat16, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+    template_variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
+    """Variables of its chat template that are fixed for all requests, such as `{enable_thinking: false}`."""
     max_context: Annotated[int, Field(ge=64)] = 1024
     """Longest prompt plus answer in tokens; longer prompts are quarantined."""
 
@@ -83,6 +85,10 @@ class Control(Frozen):
         return self
 
 
+NodeGroup = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+"""Name of a group of a cluster's nodes: a custom resource that each of them has one of, as in the files of `cluster/`."""
+
+
 class Pool(Frozen):
     """Size and resources of an actor pool."""
 
@@ -91,6 +97,8 @@ class Pool(Frozen):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs that one actor reserves in Ray; co-located pools take fractions."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that its actors run on; any node when unset."""
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 10
     """How often a dead actor is started anew before the stage fails."""
 
@@ -572,6 +580,8 @@ class Optimization(Frozen):
     workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that workers run on; any node when unset."""
     max_failures: Annotated[int, Field(ge=0, le=100)] = 1
     """How often lost workers are started again, from the last snapshot."""
 

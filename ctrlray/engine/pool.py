@@ -14,6 +14,7 @@ from ctrlray.actors import ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
 from ctrlray.engine.engine import Completion, Engine, EngineSpec, Held
 from ctrlray.errors import ClusterError
+from ctrlray.telemetry import current, record
 
 if TYPE_CHECKING:  # the pool hands tensors on and computes nothing
     from torch import Tensor
@@ -157,6 +158,7 @@ class EnginePool:
         for i, other in enumerate(held):
             self._agree(i, other, held[0].checksums)
         self._give, self._checksums, self.weights_version = give, held[0].checksums, version
+        record(current(), "ctrlray_weights_version", version)
         return held
 
     def _restore(self, index: int) -> None:
