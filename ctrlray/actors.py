@@ -136,6 +136,20 @@ class ActorPool:
         except (*_ENDED, ray.exceptions.GetTimeoutError) as error:
             return error
 
+    def begin(self, call: Callable[[Any, int], Any]) -> dict[Any, int]:
+        """`call(actor, index)` on all actors at once; the answers to come, and whose each is."""
+        return {call(actor, i): i for i, actor in enumerate(self.actors)}
+
+    def arrived(self, answers: dict[Any, int]) -> dict[int, Any]:
+        """Take out of `answers` those that are there: by actor, and as `ask` gives them."""
+        done, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        return {answers.pop(answer): self._answer(answer, time.monotonic()) for answer in done}
+
+    @property
+    def replaced(self) -> int:
+        """How many actors took another's place so far."""
+        return self._restarts
+
     def heal(self) -> None:
         """Replace the actors that ended since they last had work."""
         for index, answer in enumerate(self.ask(lambda actor: actor.ready.remote())):

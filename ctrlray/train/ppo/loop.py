@@ -16,6 +16,7 @@ from ctrlray import config, schema
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError
 from ctrlray.tables import Storage
+from ctrlray.train.ppo.handover import outgoing
 from ctrlray.train.ppo.rollouts import ROLLOUTS, part
 
 WEIGHTS, STOP = "weights", "stop.json"
@@ -40,6 +41,7 @@ class PPOTask:
     key: str
     pad_id: int
     timeout_s: float
+    transfer: config.Transfer
 
 
 def ppo_loop(raw: dict[str, Any]) -> None:
@@ -72,6 +74,7 @@ class _Loop:
         self.trainer = Trainer(
             self.policy, policy_groups(self.policy, task.settings), task.settings, gpu=gpu, bf16_masters=masters
         )
+        self.outgoing = outgoing(task, self.policy.network, self.rank, self.ranks) if task.transfer == "nccl" else None
         self.trail = Trail(self.trainer, task.out, self.rank, task.objective.steps)
         self.kl_coefficient = task.objective.kl.coefficient
 
@@ -91,7 +94,7 @@ class _Loop:
             point = self._step(step, measured)
             began = time.perf_counter()
             self._publish(step + 1)
-            point["publish_s"] = time.perf_counter() - began
+            point["publish_s"] += time.perf_counter() - began
             self.trail.add(point)
             if last:
                 self._write_results()
@@ -105,7 +108,7 @@ class _Loop:
         from ctrlray.train.worker import reseed
 
         arrived = time.perf_counter()
-        self._await(step)
+        sent_s = self._await(step)
         began = time.perf_counter()
         names = list(self.task.space.names)
         table = self.task.out.read_part(ROLLOUTS, part(step), schema.rollouts(names))
@@ -125,19 +128,29 @@ class _Loop:
             **notes,
             "next_kl_coefficient": self.kl_coefficient,
             "tokens": sum(len(t) for t in table["token_ids"].to_pylist()),
-            "wait_s": began - arrived,
+            "wait_s": began - arrived - sent_s,
+            "publish_s": sent_s,
             "seconds": time.perf_counter() - began,
         }
 
-    def _await(self, step: int) -> None:
-        """Wait for a step's rollouts. Raises ClusterError when the driver stopped, or when none come in time."""
+    def _await(self, step: int) -> float:
+        """Wait for a step's rollouts and meanwhile send weights to engines that ask; returns the seconds that sending took.
+
+        Raises ClusterError when the driver stopped, or when nothing comes in time.
+        """
         end = time.monotonic() + self.task.timeout_s
-        while not self.task.out.exists(ROLLOUTS, f"{part(step)}.parquet"):
+        before = self.outgoing.seconds if self.outgoing else 0.0
+        while not self._may_begin(step):
             if self.task.out.exists(STOP):
                 raise ClusterError(f"the driver stopped: {self.task.out.read_json(STOP)['reason']}")
             if time.monotonic() > end:
                 raise ClusterError(f"no rollouts of step {step + 1} came within {self.task.timeout_s:g} s")
             time.sleep(_POLL_S if self.task.out.is_local else 0.5)
+        return self.outgoing.seconds - before if self.outgoing else 0.0
+
+    def _may_begin(self, step: int) -> bool:
+        there = self.task.out.exists(ROLLOUTS, f"{part(step)}.parquet")
+        return self.outgoing.meet(step, there) if self.outgoing else there
 
     def _learn(self, step: int, rollouts: Any, measured: bool) -> dict[str, float]:
         """Advantages of a step's rollouts, then its epochs; what both measured."""
@@ -225,7 +238,12 @@ class _Loop:
         return PolicyBatch(tree, *(targets[name][tree.example_N, :width] for name in PolicyBatch._fields[1:]))
 
     def _publish(self, version: int) -> None:
-        """Write the weights that the next rollouts are sampled with; the file is complete when it is there."""
+        """Write the weights that the next rollouts are sampled with, unless engines ask for them.
+
+        The file is complete when it is there.
+        """
+        if self.outgoing:
+            return
         from safetensors.torch import save
 
         from ctrlray.train.models import trained_state
