@@ -85,21 +85,22 @@ class ActorPool:
         """
         waiting = [list(range(i, min(i + batch_size, num_rows))) for i in range(0, num_rows, batch_size)]
         idle = list(range(len(self.actors)))
-        running: dict[Any, tuple[list[int], int]] = {}
+        running: dict[Any, tuple[list[int], int, Any]] = {}
         died: list[list[int]] = []
         left_out: dict[int, str] = {}
         while waiting or running:
             while waiting and idle:
                 batch, index = waiting.pop(0), idle.pop()
-                running[submit(self.actors[index], batch)] = (batch, index)
+                running[submit(self.actors[index], batch)] = (batch, index, self.actors[index])
             answer = self._next(running)
-            batch, index = running.pop(answer)
+            batch, index, actor = running.pop(answer)
             idle.append(index)
             try:
                 with _unwrapped():
                     made = ray.get(answer)
             except _ENDED as error:
-                self._replace(index, error)
+                if self.actors[index] is actor:  # else `heal` was first, while another one was replaced
+                    self._replace(index, error)
                 died.append(batch)
                 again, killers = plan(batch, died)
                 waiting[:0] = again
@@ -108,11 +109,11 @@ class ActorPool:
             done(batch, made)
         return left_out
 
-    def _next(self, running: dict[Any, tuple[list[int], int]]) -> Any:
+    def _next(self, running: dict[Any, tuple[list[int], int, Any]]) -> Any:
         done, _ = ray.wait(list(running), timeout=self._timeout_s)
         if done:
             return done[0]
-        held = sum(len(batch) for batch, _ in running.values())
+        held = sum(len(batch) for batch, *_ in running.values())
         w = self._words
         raise ClusterError(
             f"{self._name}: no {w.actor} finished a batch within {self._timeout_s:g} s; {held} {w.rows} are in flight on "

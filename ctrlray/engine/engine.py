@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ctrlray.adapter import check_homes, merged_tensors, tensor_names
 from ctrlray.config import EngineSettings, Sampling
 from ctrlray.control import MASKED_BY
-from ctrlray.engine.probes import Given, Probe, compare, in_network
+from ctrlray.engine.probes import Given, Held, compare, in_network
 from ctrlray.engine.transfer import Offer, Received
 from ctrlray.errors import ClusterError, ConfigError
 
@@ -42,20 +42,6 @@ class Completion(NamedTuple):
     """
     weights_version: int = 0
     """Of the weights that it was sampled with."""
-
-
-class Held(NamedTuple):
-    """The weights that an engine holds after an update."""
-
-    version: int
-    probes: dict[str, Probe]
-    merge_s: float
-    reload_s: float
-
-    @property
-    def checksums(self) -> dict[str, float]:
-        """What the engine itself holds, to compare with other engines."""
-        return {name: probe.found for name, probe in self.probes.items()}
 
 
 @dataclass(frozen=True)

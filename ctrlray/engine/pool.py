@@ -12,9 +12,9 @@ import ray
 
 from ctrlray.actors import ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
-from ctrlray.engine.engine import Completion, Engine, EngineSpec, Held
+from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.engine.landing import Landing
-from ctrlray.engine.probes import Expected, compare
+from ctrlray.engine.probes import Expected, Held, compare
 from ctrlray.engine.transfer import Offer, Ranks, Received
 from ctrlray.errors import ClusterError
 

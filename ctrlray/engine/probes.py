@@ -41,6 +41,20 @@ class Probe(NamedTuple):
         return abs(self.found - self.expected) <= self.tolerance
 
 
+class Held(NamedTuple):
+    """The weights that an engine holds after an update."""
+
+    version: int
+    probes: dict[str, Probe]
+    merge_s: float
+    reload_s: float
+
+    @property
+    def checksums(self) -> dict[str, float]:
+        """What the engine itself holds, to compare with other engines."""
+        return {name: probe.found for name, probe in self.probes.items()}
+
+
 class Expected(NamedTuple):
     """Sums of the probes as another process saw them on their way."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -20,8 +19,9 @@ from ctrlray.rewards.pool import RewardPool
 from ctrlray.tables import Storage
 from ctrlray.train.launch import Watch, launch
 from ctrlray.train.ppo import handover
-from ctrlray.train.ppo.loop import STOP, WEIGHTS, PPOTask, ppo_loop, weights_name
+from ctrlray.train.ppo.loop import STOP, PPOTask, ppo_loop
 from ctrlray.train.ppo.rollouts import ROLLOUTS, Producer, Prompts
+from ctrlray.train.ppo.weights import newest_weights, read_weights
 
 _POLL_S = 0.02
 
@@ -99,12 +99,13 @@ class _Driver:
         began = time.perf_counter()
         if self.incoming is not None:
             return self._received(self.incoming, least, step, began)
-        self.until(lambda: self._newest(least, step) is not None, f"version {least} of the weights")
+        out = self._task.out
+        self.until(lambda: newest_weights(out, least, step) is not None, f"version {least} of the weights")
         waited = time.perf_counter()
-        version = self._newest(least, step)
+        version = newest_weights(out, least, step)
         assert version is not None
         if version != self._producer.engines.weights_version:
-            adapter, card = _read_weights(self._task.out, version)
+            adapter, card = read_weights(out, version)
             self._producer.engines.load_adapter(adapter, card, version)
         return {"sync_s": time.perf_counter() - waited, "learner_s": waited - began}
 
@@ -115,13 +116,6 @@ class _Driver:
             engines.renew()
             waited_s = incoming.waited_s
         return {"sync_s": time.perf_counter() - began - waited_s, "learner_s": waited_s}
-
-    def _newest(self, least: int, most: int) -> int | None:
-        """The newest version there is from `least` to `most`; version 0 is the model that training starts from."""
-        for version in range(most, max(least, 1) - 1, -1):
-            if self._task.out.exists(WEIGHTS, weights_name(version)):
-                return version
-        return 0 if least == 0 else None
 
     def until(self, there: Callable[[], bool], what: object) -> None:
         """Wait for the learner. Raises what the learner raised, or ClusterError when it finishes no step in time."""
@@ -139,16 +133,6 @@ class _Driver:
                     "mend that, or raise cluster.stall_timeout_s where it is only slow, and run the same command again."
                 )
         self._watch.look()
-
-
-def _read_weights(out: Storage, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors by name and the card that says how they are merged."""
-    from safetensors.torch import load
-
-    data = out.read_bytes(WEIGHTS, weights_name(version))
-    size = int.from_bytes(data[:8], "little")  # the format: length of a JSON header, the header, the tensors
-    card = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["card"])
-    return load(data), card
 
 
 def accounts(place: Storage, names: Sequence[str]) -> dict[str, Any]:

@@ -86,9 +86,9 @@ class Incoming:
         return self._engines.prove(landing, Expected(**self._read(_SENT)))
 
     def _forget(self) -> None:
-        """Remove the last exchange, the request first: without it the rest means nothing."""
-        for kind in (_REQUEST, _OFFER, _SENT) if self._asked else ():
-            self._out.remove(HANDOVER, _name(self._asked, kind))
+        """Remove the exchange before the last one; of the last one a trainer may be reading that began anew."""
+        for kind in (_REQUEST, _OFFER, _SENT) if self._asked > 1 else ():
+            self._out.remove(HANDOVER, _name(self._asked - 1, kind))
 
     def _has(self, kind: str) -> bool:
         return self._out.exists(HANDOVER, _name(self._asked, kind))
@@ -112,7 +112,7 @@ class Outgoing:
         if odd := tensor_names(task.folder) ^ set(self._shapes):
             raise ConfigError(
                 f"the network's weights are not named as those of {task.folder}: {sorted(odd)[:3]} on one side only. "
-                "Set transfer: file for this objective"
+                "Set transfer: file for ppo"
             )
 
     def meet(self, version: int, there: bool) -> bool:

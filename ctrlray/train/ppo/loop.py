@@ -5,7 +5,6 @@ wait for rollouts k -> log-probs and values -> rewards, advantages -> epochs of 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -18,10 +17,9 @@ from ctrlray.errors import ClusterError
 from ctrlray.tables import Storage
 from ctrlray.train.ppo.handover import outgoing
 from ctrlray.train.ppo.rollouts import ROLLOUTS, part
+from ctrlray.train.ppo.weights import write_weights
 
-WEIGHTS, STOP = "weights", "stop.json"
-_KEPT = 3
-"""Versions of the weights that stay in storage: the engines are at most one behind."""
+STOP = "stop.json"
 _POLL_S = 0.02
 
 
@@ -238,23 +236,15 @@ class _Loop:
         return PolicyBatch(tree, *(targets[name][tree.example_N, :width] for name in PolicyBatch._fields[1:]))
 
     def _publish(self, version: int) -> None:
-        """Write the weights that the next rollouts are sampled with, unless engines ask for them.
-
-        The file is complete when it is there.
-        """
+        """Write the weights that the next rollouts are sampled with, unless engines ask for them."""
         if self.outgoing:
             return
-        from safetensors.torch import save
-
         from ctrlray.train.models import trained_state
 
         with self.trainer.gathered() as policy:
-            if self.rank != 0:
-                return
-            state, card = trained_state(policy, self.task.settings.lora, self.task.control_ids)
-        self.task.out.write_bytes(save(state, {"card": json.dumps(card)}), WEIGHTS, weights_name(version))
-        for name in self.task.out.names(WEIGHTS, suffix=".safetensors")[:-_KEPT]:
-            self.task.out.remove(WEIGHTS, name)
+            if self.rank == 0:
+                state, card = trained_state(policy, self.task.settings.lora, self.task.control_ids)
+                write_weights(self.task.out, version, state, card)
 
     def _write_results(self) -> None:
         from ctrlray.train.worker import write_tensorboard
@@ -265,8 +255,3 @@ class _Loop:
         if out.is_local:
             write_tensorboard(self.trail.curves, out.path("tensorboard"))
         out.write_json({"key": self.task.key, "steps": self.task.objective.steps, "path": self.policy.path}, "done.json")
-
-
-def weights_name(version: int) -> str:
-    """File of a version of the weights."""
-    return f"{version:06d}.safetensors"

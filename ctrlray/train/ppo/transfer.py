@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ctrlray.adapter import home, merged
+from ctrlray.errors import ClusterError
 
 _LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -66,22 +67,29 @@ def layer_of(name: str) -> str:
 
 
 class Group:
-    """The trainer's end of an NCCL group with engines, by vLLM's own communicator, which is apart from torch's groups."""
+    """The trainer's end of an NCCL group with engines, by vLLM's own communicator, which is apart from torch's groups.
+
+    Everything is sent in the order of the current stream, in which the tensors are made. Raises ClusterError where vLLM found no
+    NCCL: it would send nothing and say nothing.
+    """
 
     def __init__(self, address: str, port: int, world_size: int) -> None:
         from vllm.distributed.weight_transfer import nccl_common
 
+        torch.cuda.set_stream(torch.cuda.current_stream())  # vLLM notes it; else it puts a stream of its own in its place
         place = {"master_address": address, "master_port": port, "world_size": world_size}
         self._communicator = nccl_common.trainer_init(place)  # waits until all have joined
+        if self._communicator.disabled:
+            raise ClusterError("vLLM has no NCCL in the trainer: unset VLLM_DISABLE_PYNCCL, or set transfer: file for ppo")
 
     def send(self, tensor: Tensor) -> None:
-        """To every process of every engine, in the order of the current stream."""
-        self._communicator.broadcast(tensor.contiguous(), src=0)
+        """To every process of every engine."""
+        there = tensor.to(self._communicator.device).contiguous()
+        self._communicator.broadcast(there, src=0, stream=torch.cuda.current_stream())
 
     def flush(self) -> None:
         """Wait until all that was sent is there."""
-        if torch.accelerator.is_available():
-            torch.accelerator.current_stream().synchronize()
+        torch.cuda.current_stream().synchronize()
 
     def close(self) -> None:
         """Leave the group."""
