@@ -31,10 +31,10 @@ STEPS = 4
 
 
 class Wire:
-    """What a group's members hear, by port and rank; `formed` has the size of each group."""
+    """What a group's members hear, by port and rank; `formed` has the size of each group, `sent` counts updates."""
 
     def __init__(self):
-        self.lines, self.formed, self.closed = {}, [], 0
+        self.lines, self.formed, self.closed, self.sent = {}, [], 0, 0
 
     def line(self, port, rank):
         return self.lines.setdefault((port, rank), queue.Queue())
@@ -52,7 +52,7 @@ class Group:
             self.wire.line(self.port, rank).put(tensor)
 
     def flush(self):
-        pass
+        self.wire.sent += 1
 
     def close(self):
         self.wire.closed += 1
@@ -140,10 +140,10 @@ class Learner:
 
 
 class Producer:
-    """Notes what engines hold when a step is sampled; before step `dies` the first engine ends."""
+    """Notes what engines hold when a step is sampled; the first engine ends in step `dies`, `idle` or at work."""
 
-    def __init__(self, out, engines, cluster, dies=-1):
-        self.out, self.engines, self.cluster, self.dies, self.made = out, engines, cluster, dies, []
+    def __init__(self, out, engines, cluster, dies, idle):
+        self.out, self.engines, self.cluster, self.dies, self.idle, self.made = out, engines, cluster, dies, idle, []
 
     def has(self, step):
         return self.out.exists(ROLLOUTS, f"{part(step)}.parquet")
@@ -152,7 +152,8 @@ class Producer:
         assert set(notes) == {"sync_s", "learner_s"}
         if step == self.dies:
             self.cluster.actors[0].host.gone = True
-            self.engines.heal()
+            if not self.idle:
+                self.engines.heal()
         hosts = [a.host for a in self.cluster.actors if not a.killed]
         held = {h.held["model.embed_tokens.weight"][0, 0].item() - 1 if h.held else 0.0 for h in hosts}
         self.made.append((step, self.engines.weights_version, held))
@@ -160,8 +161,8 @@ class Producer:
         return 10
 
 
-def driver(out, cluster, engines, run, timeout_s=5.0, dies=-1, **settings):
-    producer = Producer(out, engines, cluster, dies)
+def driver(out, cluster, engines, run, timeout_s=5.0, dies=-1, idle=False, **settings):
+    producer = Producer(out, engines, cluster, dies, idle)
     task = SimpleNamespace(objective=config.PPO(steps=STEPS, **settings), out=out)
     made = drive._Driver(task, producer, Background(run), Watch("ppo", out, Silent()), Silent(), timeout_s)
     made.incoming = Incoming(out, engines, "float32", made.until)
@@ -184,12 +185,14 @@ def test_every_step_is_sampled_with_the_weights_that_it_needs(cluster, out, stal
     assert kept == ({"000002", "000003"} if stale == 0 else {"000001", "000002"})
 
 
-def test_an_engine_that_took_anothers_place_joins_a_new_group_and_gets_the_weights_in_force(cluster, out):
+@pytest.mark.parametrize(("idle", "updates"), [(False, 4), (True, 3)])
+def test_an_engine_that_took_anothers_place_joins_a_new_group_and_gets_the_weights_in_force(cluster, out, idle, updates):
+    """One that ends at work is given them at once, one that ends idle with the next version."""
     with pool() as engines:
-        made, producer = driver(out, cluster, engines, Learner(out).run, dies=2)
+        made, producer = driver(out, cluster, engines, Learner(out).run, dies=2, idle=idle)
         made.run()
     assert producer.made == [(step, step, {float(step)}) for step in range(STEPS)] and len(cluster.actors) == 3
-    assert Host.wire.formed == [5, 5] and Host.wire.closed == 1
+    assert Host.wire.formed == [5, 5] and Host.wire.closed == 1 and Host.wire.sent == updates
 
 
 def test_an_engine_that_did_not_get_what_was_sent_stops_the_run(cluster, out):
