@@ -87,21 +87,22 @@ class ActorPool:
         """
         waiting = [list(range(i, min(i + batch_size, num_rows))) for i in range(0, num_rows, batch_size)]
         idle = list(range(len(self.actors)))
-        running: dict[Any, tuple[list[int], int]] = {}
+        running: dict[Any, tuple[list[int], int, Any]] = {}
         died: list[list[int]] = []
         left_out: dict[int, str] = {}
         while waiting or running:
             while waiting and idle:
                 batch, index = waiting.pop(0), idle.pop()
-                running[submit(self.actors[index], batch)] = (batch, index)
+                running[submit(self.actors[index], batch)] = (batch, index, self.actors[index])
             answer = self._next(running)
-            batch, index = running.pop(answer)
+            batch, index, actor = running.pop(answer)
             idle.append(index)
             try:
                 with _unwrapped():
                     made = ray.get(answer)
             except _ENDED as error:
-                self._replace(index, error)
+                if self.actors[index] is actor:  # else `heal` was first, while another one was replaced
+                    self._replace(index, error)
                 died.append(batch)
                 again, killers = plan(batch, died)
                 waiting[:0] = again
@@ -110,11 +111,11 @@ class ActorPool:
             done(batch, made)
         return left_out
 
-    def _next(self, running: dict[Any, tuple[list[int], int]]) -> Any:
+    def _next(self, running: dict[Any, tuple[list[int], int, Any]]) -> Any:
         done, _ = ray.wait(list(running), timeout=self._timeout_s)
         if done:
             return done[0]
-        held = sum(len(batch) for batch, _ in running.values())
+        held = sum(len(batch) for batch, *_ in running.values())
         w = self._words
         raise ClusterError(
             f"{self._name}: no {w.actor} finished a batch within {self._timeout_s:g} s; {held} {w.rows} are in flight on "
@@ -137,6 +138,20 @@ class ActorPool:
                 return ray.get(answer, timeout=max(deadline - time.monotonic(), 0.0))
         except (*_ENDED, ray.exceptions.GetTimeoutError) as error:
             return error
+
+    def begin(self, call: Callable[[Any, int], Any]) -> dict[Any, int]:
+        """`call(actor, index)` on all actors at once; the answers to come, and whose each is."""
+        return {call(actor, i): i for i, actor in enumerate(self.actors)}
+
+    def arrived(self, answers: dict[Any, int]) -> dict[int, Any]:
+        """Take out of `answers` those that are there: by actor, and as `ask` gives them."""
+        done, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        return {answers.pop(answer): self._answer(answer, time.monotonic()) for answer in done}
+
+    @property
+    def replaced(self) -> int:
+        """How many actors took another's place so far."""
+        return self._restarts
 
     def heal(self) -> None:
         """Replace the actors that ended since they last had work."""

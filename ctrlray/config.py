@@ -475,6 +475,9 @@ class Critic(Frozen):
     """How far, in level units, values may move from those of the rollout; null: as far as they like."""
 
 
+Transfer = Literal["nccl", "file"]
+
+
 class PPO(Frozen):
     """Reinforcement learning towards requested levels: reward = -sum of weights x |achieved - requested| in level units."""
 
@@ -518,6 +521,8 @@ class PPO(Frozen):
     """Taken from the reward of an answer that was cut off at sampling.max_tokens, in level units."""
     max_staleness: Literal[0, 1] = 0
     """1: the rollouts of a step are sampled while the step before still trains, from weights one version older."""
+    transfer: Literal["auto"] | Transfer = "auto"
+    """How new weights reach the engines: `nccl` from GPU to GPU, `file` through the run's storage; auto: nccl wherever it can."""
     kl: KL = KL()
     critic: Critic = Critic()
 
@@ -776,6 +781,12 @@ class Job(Frozen):
             raise ValueError(
                 f"train.objectives: ppo.prompts_per_step={ppo.prompts_per_step} is more than prompts.train={self.prompts.train}"
             )
+        if ppo.transfer == "nccl" and not self._has_own_gpus:
+            raise ValueError(
+                f"train.objectives: ppo.transfer=nccl needs whole GPUs for engines and workers, got "
+                f"generate.pool.gpus={self.generate.pool.gpus:g} and train.gpus_per_worker={self.train.gpus_per_worker:g}; "
+                "raise them to 1, or set auto"
+            )
         levels = {a.name: a.levels for a in self.control.attributes}
         if odd := sorted({*ppo.weights, *ppo.chances} - set(levels)):
             raise ValueError(f"train.objectives: ppo names {odd[0]!r}, which is no attribute of the control space")
@@ -819,6 +830,17 @@ class Job(Frozen):
         for a, wanted in zip(self.control.attributes, self.evaluate.levels, strict=True):
             if not wanted or min(wanted) < 1 or max(wanted) > a.levels:
                 raise ValueError(f"evaluate.levels for {a.name!r}: {list(wanted)} must lie in 1..{a.levels}")
+
+    def transfer(self, ppo: PPO) -> Transfer:
+        """How weights reach the engines."""
+        if ppo.transfer == "auto":
+            return "nccl" if self._has_own_gpus else "file"
+        return ppo.transfer
+
+    @property
+    def _has_own_gpus(self) -> bool:
+        """NCCL takes no two members on one GPU, so an engine beside a worker on the same one gets its weights by file."""
+        return self.generate.pool.gpus >= 1 and self.train.gpus_per_worker >= 1
 
     @property
     def teachers(self) -> tuple[Reward, ...]:
