@@ -155,8 +155,8 @@ def test_the_verb_writes_the_comparison_and_its_exit_code_tells_of_failures(plan
     assert made.exit_code == code, made.output
     assert plan.storage.names(suffix=".csv") == [command.CSV] and plan.storage.exists(command.PAGE)
     rows = plan.storage.read_bytes(command.CSV).decode().splitlines()
-    assert ('response,failed,,,,,,,,,"no GPU' in rows) == bool(failing)
-    assert "weight,finished,brevity,ends,0.6,0.5,0.7,0.6,0.5,0.7," in rows
+    assert ('response,failed,,,,,,,,,,,"no GPU' in rows) == bool(failing)
+    assert "weight,finished,brevity,ends,0.6,0.5,0.7,0.6,0.5,0.7,,," in rows
     assert [v["state"] for v in plan.storage.read_json(command.JSON)["variants"]].count("failed") == len(failing)
     table = made.output.split("variant   ")[1]
     assert ("response                 failed: no GPU add a node" in table) == bool(failing) and "0.600 [0.500, 0.700]" in table
