@@ -100,6 +100,16 @@ def test_answers_that_fail_fail_their_variants_only(plan, record):
     assert not any(o.error for o in outcomes.values())
 
 
+def test_answers_that_no_unfinished_variant_needs_are_not_made(plan, record):
+    record.failing["colder"] = "killed"
+    run(plan)
+    plan.storage.sub("shared").delete()
+    record.failing.clear()
+    record.ran.clear()
+    run(plan)
+    assert record.ran == [("shared", SHARED), ("colder", OWN)]  # for `colder` alone
+
+
 @pytest.mark.parametrize("whose", ["shared", "variant"])
 def test_tables_that_changed_stop_the_sweep(plan, record, whose):
     record.failing["text"] = "killed"
