@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,8 @@ VERB = "part"
 """The hidden verb that a child runs."""
 _KEPT_LINES = 200
 _ERROR = "error: "
+_OF_RAY = re.compile(r"(\x1b\[\d+m)*\((raylet|autoscaler|[\w.:]+ pid=\d+)")
+"""How a shared Ray prefixes what its processes log: of several variants at once it would bury what they say."""
 
 
 class Children:
@@ -71,8 +74,9 @@ class Children:
         lines: deque[str] = deque(maxlen=_KEPT_LINES)
         assert process.stdout is not None
         for line in process.stdout:
-            lines.append(line.rstrip("\n"))
-            self._say(f"{name:<16} {lines[-1]}")
+            if not _OF_RAY.match(line):
+                lines.append(line.rstrip("\n"))
+                self._say(f"{name:<16} {lines[-1]}")
         code = process.wait()
         self._live.discard(process)
         return None if code == 0 else _reason(lines, code)

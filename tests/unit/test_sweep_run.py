@@ -191,6 +191,20 @@ def test_an_error_is_all_of_its_lines_or_the_last_line_and_the_code():
     assert children._reason([], 7) == "ended with exit code 7: it printed nothing"
 
 
+@pytest.mark.parametrize(
+    ("line", "of_ray"),
+    [
+        ("(raylet) [2026-11-25 13:36:26 I] Set ray log level", True),
+        ("\x1b[36m(RayTrainWorker pid=29732)\x1b[0m Setting up", True),
+        ("(TrainController pid=29376, ip=192.0.2.2) Started", True),
+        ("train          5s  1/6 rows", False),
+        ("error: (odd) text", False),
+    ],
+)
+def test_log_lines_of_ray_are_not_a_child_s_words(line, of_ray):
+    assert bool(children._OF_RAY.match(line)) == of_ray
+
+
 def test_a_child_ends_with_its_parent():
     code = (
         "import time; from ctrlray.sweep.children import end_with_parent\n"
