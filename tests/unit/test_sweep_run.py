@@ -27,6 +27,7 @@ class Recorded(children.Children):
 
     ran: ClassVar[list[tuple[str, tuple[str, ...]]]] = []
     failing: ClassVar[dict[str, str]] = {}
+    sampled: ClassVar[str] = "once"
     at_once: ClassVar[list[int]] = []
     live = 0
 
@@ -39,7 +40,7 @@ class Recorded(children.Children):
         if name not in self.failing:
             for stage in stages:
                 if run.result(stage) is None:
-                    run.out(stage).write_bytes(f"{name} {stage}".encode(), "table", "part-1.parquet")
+                    run.out(stage).write_bytes(f"{name} {stage} {kind.sampled}".encode(), "table", "part-1.parquet")
                     run.out(stage).write_json({"facts": {}, "rows_out": 1, "seconds": 2.0}, "result.json")
         kind.live -= 1
         return self.failing.get(name)
@@ -48,7 +49,7 @@ class Recorded(children.Children):
 @pytest.fixture
 def record(monkeypatch):
     monkeypatch.setattr(sweep, "Children", Recorded)
-    for name, value in (("ran", []), ("failing", {}), ("at_once", []), ("live", 0)):
+    for name, value in (("ran", []), ("failing", {}), ("at_once", []), ("live", 0), ("sampled", "once")):
         monkeypatch.setattr(Recorded, name, value)
     return Recorded
 
@@ -74,7 +75,7 @@ def test_answers_are_made_once_per_key_and_every_variant_does_the_rest(plan, rec
     assert record.ran == [("shared", SHARED), ("shared", ("generate", "score")), *((n, OWN) for n in names)]
     assert set(record.at_once) == {1}
     tables = {n: plan.runs[n].out("score").read_bytes("table", "part-1.parquet") for n in names}
-    assert set(tables.values()) == {b"shared score"}
+    assert set(tables.values()) == {b"shared score once"}
     assert "sweep s: 6 variants, 0 finished before" in said[0]
     assert any(line.startswith("colder: finished after") and "6 of 6" in line for line in said)
 
@@ -123,6 +124,21 @@ def test_tables_that_changed_stop_the_sweep(plan, record, whose):
     with pytest.raises(DataError, match="is not what was sealed"):
         run(plan)
     assert record.ran == [] and not plan.storage.exists(lease.FILE)
+
+
+@pytest.mark.parametrize("sampled", ["once", "anew"])
+def test_a_variant_added_later_is_not_compared_on_other_answers(plan, record, tmp_path, sampled):
+    run(plan)
+    plan.storage.sub("shared").delete()
+    record.ran.clear()
+    record.sampled = sampled
+    more = load(write(tmp_path, variants=[*ABLATION, {"name": "late", "set": {"train.epochs": 9}}]))
+    if sampled == "anew":
+        with pytest.raises(DataError, match=r"variants/base/\w+/.*is not what was sealed.*Delete \S+/variants/base and"):
+            run(more)
+        assert record.ran == [("shared", SHARED)]
+    else:  # the same bytes are the same answers
+        assert not any(o.error for o in run(more)[0].values()) and ("late", OWN) in record.ran
 
 
 def test_as_many_variants_at_once_as_there_is_room_for(plan, record, monkeypatch):
