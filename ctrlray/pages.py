@@ -1,0 +1,33 @@
+"""What all HTML pages share: templates that escape everything, packaged scripts and styles, and their hashes for a content policy."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from functools import cache
+from importlib import resources
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+
+@cache
+def environment() -> Environment:
+    """Templates of the package's assets; each page adds the filters that it needs to an overlay of its own."""
+    # autoescape is unconditional: the default rule goes by file ending and would miss `.j2`
+    return Environment(
+        loader=PackageLoader("ctrlray", "assets"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def asset(name: str) -> str:
+    """A script or style of the package."""
+    return (resources.files("ctrlray") / "assets" / name).read_text(encoding="utf-8")
+
+
+def policy_hash(content: str) -> str:
+    """How a content policy names a script or style that stands in the page."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
