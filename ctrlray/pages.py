@@ -1,26 +1,27 @@
-"""What all HTML pages share: templates that escape everything, packaged scripts and styles, and their hashes for a content policy."""
+"""What all HTML pages share: templates that escape everything, scripts and styles of the package, and a content policy."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-from functools import cache
+from collections.abc import Callable
 from importlib import resources
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
-@cache
-def environment() -> Environment:
-    """Templates of the package's assets; each page adds the filters that it needs to an overlay of its own."""
+def environment(**filters: Callable[..., str]) -> Environment:
+    """Templates of the package's assets, with a page's own filters."""
     # autoescape is unconditional: the default rule goes by file ending and would miss `.j2`
-    return Environment(
+    made = Environment(
         loader=PackageLoader("ctrlray", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    made.filters.update(filters)
+    return made
 
 
 def asset(name: str) -> str:

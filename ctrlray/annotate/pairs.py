@@ -10,9 +10,8 @@ on side B, by method, to within one wherever pairs differ in one attribute.
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -64,29 +63,14 @@ class Drawn(NamedTuple):
 def draw_pairs(answers: Sequence[Answer], num_items: int, seed: int, which: Which = "any", single: bool = True) -> Drawn:
     """At most `num_items` pairs. `ends` takes an attribute's lowest against its highest level only.
 
-    `single` keeps to pairs that differ in one attribute. Left out, by reason: answers without text or without a finite
-    score, and pairs of one text.
+    `single` keeps to pairs that differ in one attribute. Left out: answers without text, and pairs of one text.
     """
-    usable, left_out = _usable(answers)
+    usable = [a for a in answers if a.text.strip()]
     contrasts, same_text = _contrasts(usable, which, single)
-    if same_text:
-        left_out["pairs of one text"] = same_text
+    left_out = {"answers without text": len(answers) - len(usable), "pairs of one text": same_text}
     chosen = _spread(contrasts, num_items, Counter(), seed, 0)
-    pairs = _sided(chosen, seed)
-    return Drawn(sorted(pairs, key=lambda p: digest(seed, "order", p.item_id)), len(contrasts), left_out)
-
-
-def _usable(answers: Iterable[Answer]) -> tuple[list[Answer], dict[str, int]]:
-    usable, left_out = [], Counter[str]()
-    for answer in answers:
-        scores = [s for by_attribute in answer.scores.values() for s in by_attribute.values()]
-        if not answer.text.strip():
-            left_out["answers without text"] += 1
-        elif not all(map(math.isfinite, scores)):
-            left_out["answers without a score"] += 1
-        else:
-            usable.append(answer)
-    return usable, dict(sorted(left_out.items()))
+    pairs = sorted(_sided(chosen, seed), key=lambda p: digest(seed, "order", p.item_id))
+    return Drawn(pairs, len(contrasts), {reason: n for reason, n in left_out.items() if n})
 
 
 def _contrasts(answers: Sequence[Answer], which: Which, single: bool) -> tuple[list[Contrast], int]:

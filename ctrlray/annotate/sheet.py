@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -17,6 +17,7 @@ from ctrlray.pages import asset, environment, policy_hash
 from ctrlray.schema import Message
 
 TEMPLATE, SCRIPT, STYLE = "annotate.html.j2", "annotate.js", "annotate.css"
+POLICY = "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; form-action 'none'"
 CHOICES = {"A": "A", "B": "B", "tie": "Tie", "skip": "Skip"}
 """Choices as they are kept, and as they are shown."""
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -46,22 +47,26 @@ class Sheet:
 def page(sheet: Sheet) -> str:
     """The page as text that UTF-8 can always hold."""
     script, style = asset(SCRIPT), asset(STYLE)
-    policy = f"default-src 'none'; script-src {policy_hash(script)}; style-src {policy_hash(style)}; base-uri 'none'; form-action 'none'"
-    text = environment().get_template(TEMPLATE).render(
-        sheet=sheet, choices=CHOICES, policy=policy, script=Markup(script), style=Markup(style)
-    )
+    policy = POLICY.format(script=policy_hash(script), style=policy_hash(style))
+    given = {"sheet": sheet, "choices": CHOICES, "policy": policy, "script": Markup(script), "style": Markup(style)}
+    text = environment().get_template(TEMPLATE).render(given)
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def sheet_csv(sheet: Sheet) -> str:
     """One row per item with an empty column per attribute; a text that a spreadsheet would run gets an apostrophe before it."""
     names = [name for name, _ in sheet.attributes]
-    out = io.StringIO()
-    writer = csv.writer(out)
-    writer.writerow(["study", "rater", "item_id", "prompt", "answer_a", "answer_b", *names])
+    rows = [["study", "rater", "item_id", "prompt", "answer_a", "answer_b", *names]]
     for item in sheet.items:
         prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in item.prompt)
-        writer.writerow([sheet.study, "", item.item_id, *map(_plain, (prompt, item.a, item.b)), *("" for _ in names)])
+        rows.append([sheet.study, "", item.item_id, *map(_plain, (prompt, item.a, item.b)), *("" for _ in names)])
+    return csv_text(rows)
+
+
+def csv_text(rows: Iterable[Sequence[str]]) -> str:
+    """Rows as a csv file that UTF-8 can always hold."""
+    out = io.StringIO()
+    csv.writer(out).writerows(rows)
     return out.getvalue().encode("utf-8", "replace").decode("utf-8")
 
 

@@ -64,13 +64,13 @@ def krippendorff_alpha(coincidences_BKK: Floats, metric: Literal["nominal", "ord
     differences_BKK = _differences(margins_BK, metric)
     observed_B = (coincidences_BKK * differences_BKK).sum(axis=(1, 2))
     expected_B = (margins_BK[:, :, None] * margins_BK[:, None, :] * differences_BKK).sum(axis=(1, 2))
-    return 1 - (num_B - 1) * divide(observed_B, expected_B)
+    return np.asarray(1 - (num_B - 1) * divide(observed_B, expected_B))
 
 
 def _differences(margins_BK: Floats, metric: str) -> Floats:
     num_categories = margins_BK.shape[1]
     if metric == "nominal":
-        return np.broadcast_to(1 - np.eye(num_categories), (len(margins_BK), num_categories, num_categories))
+        return np.tile(1 - np.eye(num_categories), (len(margins_BK), 1, 1))
     middle_BK = np.cumsum(margins_BK, axis=1) - margins_BK / 2  # ratings below a category, and half of its own
     return np.asarray((middle_BK[:, :, None] - middle_BK[:, None, :]) ** 2)
 

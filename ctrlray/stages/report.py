@@ -71,9 +71,7 @@ def render(data: ReportData) -> str:
 
 @cache
 def _environment() -> Environment:
-    own = environment().overlay()
-    own.filters = {**own.filters, "number": tables.number, "percent": tables.percent, "duration": tables.duration}
-    return own
+    return environment(number=tables.number, percent=tables.percent, duration=tables.duration)
 
 
 def _context(data: ReportData) -> dict[str, Any]:
