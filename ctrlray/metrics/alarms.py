@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ctrlray import config
-from ctrlray.metrics.grid import BASELINES, END_WIDTH
+from ctrlray.metrics.grid import END_WIDTH
+from ctrlray.metrics.rows import BASELINES
 
 MAX_AT_ENDS = 0.8
 MAX_TRUNCATED = 0.3

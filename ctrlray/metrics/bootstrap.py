@@ -56,12 +56,32 @@ def interval(values_B: Floats) -> Interval:
     return Interval(*(round(float(x), DIGITS) + 0.0 for x in (value, low, high)))  # + 0.0 turns -0.0 into 0.0
 
 
+class Sums(NamedTuple):
+    """A ratio's per-prompt parts: adding them over the prompts of a draw gives numerator and denominator."""
+
+    top_P: Floats
+    bottom_P: Floats
+
+    def of(self, prompts: Ints) -> Sums:
+        """The parts of some prompts, by number."""
+        return Sums(self.top_P[prompts], self.bottom_P[prompts])
+
+    def mean(self, weights_BP: Floats) -> Floats:
+        """sum_p w_p top_p / sum_p w_p bottom_p of each draw; NaN where nothing was counted."""
+        return divide(weights_BP @ self.top_P, weights_BP @ self.bottom_P)
+
+
+def row_sums(values_N: Floats, prompt_N: Ints, num_prompts: int) -> Sums:
+    """Per prompt the sum of a value over its rows and their number; rows where it is NaN are left out."""
+    known = np.isfinite(values_N)
+    sums = np.bincount(prompt_N[known], values_N[known], minlength=num_prompts)
+    counts = np.bincount(prompt_N[known], minlength=num_prompts)
+    return Sums(np.asarray(sums, np.float64), np.asarray(counts, np.float64))
+
+
 def weighted_mean(values_N: Floats, prompt_N: Ints, weights_BP: Floats) -> Floats:
     """Mean of a value over the rows of each draw: sum_p w_p sum_{n in p} v_n / sum_p w_p |p|."""
-    num_prompts = weights_BP.shape[1]
-    sums = np.bincount(prompt_N, values_N, minlength=num_prompts)
-    counts = np.bincount(prompt_N, minlength=num_prompts)
-    return divide(weights_BP @ sums, weights_BP @ counts)
+    return row_sums(values_N, prompt_N, weights_BP.shape[1]).mean(weights_BP)
 
 
 def centre(values_NA: Floats, prompt_N: Ints, num_prompts: int) -> Floats:

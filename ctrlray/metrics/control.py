@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 from ctrlray.errors import DataError
@@ -17,11 +17,14 @@ from ctrlray.metrics.bootstrap import (
     Floats,
     Interval,
     Ints,
+    Sums,
     correlation,
     divide,
     draws,
     interval,
     numbers,
+    ratio_or_zero,
+    row_sums,
     rows_by_prompt,
     weighted_mean,
 )
@@ -72,13 +75,39 @@ def spearman_rows(requested_N: Floats, units_N: Floats, prompt_N: Ints, weights_
     return np.concatenate(parts)
 
 
-def pairwise_order(requested_NA: Floats, units_N: Floats, axis: int, prompt_N: Ints, weights_BP: Floats) -> Floats:
-    """P(units at the higher setting > units at the lower | same prompt, same other levels); chance 0.5.
+def kendall_level_means(requested_N: Floats, units_N: Floats, prompt_N: Ints, weights_BP: Floats) -> Floats:
+    """Kendall's tau-b of the requested levels with the mean units at each; 0 where the means are equal.
 
-    All pairs of answers to one prompt that differ in this attribute's setting alone, over all samples of both settings.
-    An equal score counts one half, so a method that ignores its setting has exactly 0.5. NaN without any such pair.
+    (rising pairs - falling pairs) / sqrt(pairs (pairs - pairs of equal means)), over the pairs of levels that a draw
+    holds (Kendall 1945; levels have no ties).
+    """
+    _, means_BL = level_means(requested_N, units_N, prompt_N, weights_BP)
+    low, high = np.triu_indices(means_BL.shape[1], k=1)
+    step_BQ = np.round(means_BL[:, high], DIGITS) - np.round(means_BL[:, low], DIGITS)
+    known_BQ = np.isfinite(step_BQ)
+    sign_BQ = np.sign(np.where(known_BQ, step_BQ, 0.0))
+    pairs_B, moved_B = known_BQ.sum(axis=1), (sign_BQ != 0).sum(axis=1)
+    return ratio_or_zero(sign_BQ.sum(axis=1), np.sqrt(pairs_B * moved_B))
+
+
+def monotone_prompts(requested_N: Floats, units_N: Floats, prompt_N: Ints, weights_BP: Floats) -> Floats:
+    """Share of prompts whose mean units rise at every step from one requested level to the next.
+
+    Means are over the other settings and samples. A step that stays level does not count as rising, so a method that
+    ignores its setting has 0, and scores in random order have 1 / (number of levels)!. Prompts with one level are left out.
     """
     num_prompts = weights_BP.shape[1]
+    levels = np.unique(requested_N)
+    means_PL = np.column_stack([_prompt_means(units_N, requested_N == k, prompt_N, num_prompts) for k in levels])
+    rises_P, counts_P = np.zeros(num_prompts), np.zeros(num_prompts)
+    for p, means_L in enumerate(np.round(means_PL, DIGITS)):
+        steps = np.diff(means_L[np.isfinite(means_L)])
+        rises_P[p], counts_P[p] = steps.size > 0 and (steps > 0).all(), steps.size > 0
+    return Sums(rises_P, counts_P).mean(weights_BP)
+
+
+def order_sums(requested_NA: Floats, units_N: Floats, axis: int, prompt_N: Ints, num_prompts: int) -> Sums:
+    """Per prompt the pairs that are in order (equal scores count one half), and all pairs; see `pairwise_order`."""
     wins, pairs = np.zeros(num_prompts), np.zeros(num_prompts)
     others_NA = np.delete(requested_NA, axis, axis=1)
     for p, rows in rows_by_prompt(prompt_N):
@@ -87,7 +116,16 @@ def pairwise_order(requested_NA: Floats, units_N: Floats, axis: int, prompt_N: I
         is_pair = same & (level[:, None] > level[None, :])
         score = (units[:, None] > units[None, :]) + 0.5 * (units[:, None] == units[None, :])
         wins[p], pairs[p] = score[is_pair].sum(), is_pair.sum()
-    return divide(weights_BP @ wins, weights_BP @ pairs)
+    return Sums(wins, pairs)
+
+
+def pairwise_order(requested_NA: Floats, units_N: Floats, axis: int, prompt_N: Ints, weights_BP: Floats) -> Floats:
+    """P(units at the higher setting > units at the lower | same prompt, same other levels); chance 0.5.
+
+    All pairs of answers to one prompt that differ in this attribute's setting alone, over all samples of both settings.
+    An equal score counts one half, so a method that ignores its setting has exactly 0.5. NaN without any such pair.
+    """
+    return order_sums(requested_NA, units_N, axis, prompt_N, weights_BP.shape[1]).mean(weights_BP)
 
 
 def code_gap(right: ArrayLike, wrong: ArrayLike, prompt_ids: Sequence[str], num_bootstrap: int = 1000, seed: int = 0) -> Interval:
@@ -100,6 +138,11 @@ def code_gap(right: ArrayLike, wrong: ArrayLike, prompt_ids: Sequence[str], num_
         raise DataError(f"code_gap: {int((~np.isfinite(gaps_N)).sum())} NLLs are not finite; training has diverged")
     prompt_N, num_prompts = numbers(prompt_ids, len(gaps_N), "code_gap")
     return interval(weighted_mean(gaps_N, prompt_N, draws(num_prompts, num_bootstrap, seed)))
+
+
+def _prompt_means(units_N: Floats, kept_N: NDArray[np.bool_], prompt_N: Ints, num_prompts: int) -> Floats:
+    sums = row_sums(units_N[kept_N], prompt_N[kept_N], num_prompts)
+    return divide(sums.top_P, sums.bottom_P)
 
 
 def _mid_ranks(values_N: Floats, weights_BN: Floats) -> Floats:

@@ -5,7 +5,9 @@ Shapes, units and the meaning of `weights_BP` are those of `ctrlray.metrics.boot
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,6 +19,7 @@ from ctrlray.metrics.bootstrap import (
     Interval,
     Ints,
     centre,
+    divide,
     draws,
     interval,
     matrix_json,
@@ -37,6 +40,74 @@ def slopes(requested_NA: Floats, units_NA: Floats, prompt_N: Ints, weights_BP: F
     xx, xy = products(x_NA, x_NA, prompt_N, num_prompts), products(x_NA, y_NA, prompt_N, num_prompts)
     gram_BAA = np.einsum("bp,pij->bij", weights_BP, xx)
     return np.asarray(np.linalg.pinv(gram_BAA, rcond=1e-9, hermitian=True) @ np.einsum("bp,pij->bij", weights_BP, xy))
+
+
+def off_diagonal(slopes_BAA: Floats) -> Floats:
+    """Mean absolute slope beside the diagonal: levels moved sideways per level requested; NaN with one attribute.
+
+    An absolute value is never negative, so noise raises it (and its interval): compare methods on the same grid.
+    """
+    size = slopes_BAA.shape[1]
+    if size < 2:
+        return np.full(len(slopes_BAA), np.nan)
+    beside = np.abs(slopes_BAA)[:, ~np.eye(size, dtype=bool)]
+    return np.asarray(beside.mean(axis=1))
+
+
+def entanglement_index(slopes_BAA: Floats) -> Floats:
+    """Levels moved sideways per level moved along: mean |off diagonal| / mean |diagonal|; NaN where nothing moves.
+
+    0 is a dial whose attributes move apart, 1 one whose attributes move together as far as they move at all. The data
+    pool's own index (its diagonal is 1) is what copying the data would give; `relative_to_pool` divides by it.
+    """
+    diagonal_BA = np.abs(np.diagonal(slopes_BAA, axis1=1, axis2=2))
+    return divide(off_diagonal(slopes_BAA), np.where(diagonal_BA.mean(axis=1) > 10.0**-DIGITS, diagonal_BA.mean(axis=1), 0.0))
+
+
+def relative_to_pool(index: Interval, pool: Sequence[Sequence[Interval]]) -> Interval:
+    """A method's entanglement index as a multiple of the data pool's; below 1 the dial keeps its attributes further apart.
+
+    The pool's own uncertainty is left out: it rests on many more answers than the grid.
+    """
+    pool_index = float(entanglement_index(np.array([[[entry.value for entry in row] for row in pool]]))[0])
+    if not pool_index > 10.0**-DIGITS:
+        return Interval(math.nan, math.nan, math.nan)
+    return Interval(*(x / pool_index for x in index))
+
+
+class Steering(NamedTuple):
+    """How far each answer lies from its target in level units, split by direction."""
+
+    error_N: Floats
+    miscalibration_N: Floats
+    orthogonality_N: Floats
+
+
+def steering(requested_NA: Floats, units_NA: Floats, source_NA: Floats) -> Steering:
+    """Steering error and its split into miscalibration and orthogonality (arXiv:2505.23816, section 2).
+
+    With source z0, target z* and answer z, and d = z* - z0 the movement that was requested:
+
+        error          |z - z*|
+        miscalibration |(z - z*) . d| / |d|^2: too far or not far enough along the requested direction; 1 for no movement
+        orthogonality  |part of z - z0 across d| / |z - z0|: the share of the movement that went sideways, in [0, 1]
+
+    Theirs is a text to be rewritten; here z0 is what the starting model, which knows no setting, reaches on the same
+    prompt. Miscalibration is NaN where nothing was requested (d = 0), orthogonality is 0 where nothing moved (as in
+    the authors' code).
+    """
+    wanted_NA, moved_NA, missed_NA = requested_NA - source_NA, units_NA - source_NA, units_NA - requested_NA
+    wanted_N, moved_N = np.linalg.norm(wanted_NA, axis=1), np.linalg.norm(moved_NA, axis=1)
+    far_N = wanted_N > 10.0**-DIGITS
+    safe_N = np.where(far_N, wanted_N, 1.0)
+    along_N = (moved_NA * wanted_NA).sum(axis=1) / safe_N
+    across_N = np.sqrt(np.maximum(moved_N**2 - along_N**2, 0.0))
+    miscalibration = np.abs((missed_NA * wanted_NA).sum(axis=1)) / safe_N**2
+    return Steering(
+        np.linalg.norm(missed_NA, axis=1),
+        np.where(far_N, miscalibration, np.nan),
+        np.where(far_N, ratio_or_zero(across_N, moved_N), np.nan),
+    )
 
 
 def length_adjusted(units_NA: Floats, num_tokens_N: Floats, prompt_N: Ints) -> Floats:

@@ -13,7 +13,17 @@ from scipy import stats
 from ctrlray.errors import DataError
 from ctrlray.metrics import control
 from ctrlray.metrics.bootstrap import Interval, draws
-from ctrlray.metrics.control import bias, code_gap, level_means, mae, pairwise_order, spearman_level_means, spearman_rows
+from ctrlray.metrics.control import (
+    bias,
+    code_gap,
+    kendall_level_means,
+    level_means,
+    mae,
+    monotone_prompts,
+    pairwise_order,
+    spearman_level_means,
+    spearman_rows,
+)
 from ctrlray.metrics.entanglement import slopes
 from tests.grids import CELLS, arrays, everyone
 
@@ -46,6 +56,37 @@ def test_spearman_over_level_means_without_a_level():
     assert spearman_level_means(requested, units, prompt, weights) == pytest.approx([1.0, 0.0, -0.5])
     half = np.array([0, 0, 1, 1])  # a draw of prompt 0 alone holds levels 1 and 2 only, which rise
     assert spearman_level_means(requested, units, half, np.array([[1.0, 0.0]])) == pytest.approx([1.0])
+
+
+def test_kendall_over_level_means_by_hand():
+    requested, units = arrays([1, 2, 3, 1, 2, 3], [1.0, 3.0, 2.0, 2.0, 3.0, 2.5])
+    prompt = np.array([0, 0, 0, 1, 1, 1])
+    # means 1.5 3.0 2.25: two of three pairs rise, one falls: 1/3
+    assert kendall_level_means(requested, units, prompt, everyone(2)) == pytest.approx([1 / 3])
+    # means 1 1 2: of three pairs two rise and one is equal: 2 / sqrt(3 * 2)
+    tied = arrays([1, 2, 3], [1.0, 1.0, 2.0])
+    assert kendall_level_means(*tied, np.zeros(3, int), everyone(1)) == pytest.approx([2 / math.sqrt(6)])
+    flat = arrays([1, 2, 3], [2.0, 2.0 + 1e-13, 2.0 + 2e-13])
+    assert kendall_level_means(*flat, np.zeros(3, int), everyone(1)) == [0.0]
+    # a draw without the prompt that holds level 3 has one pair, which rises
+    some = arrays([1, 2, 3], [1.0, 2.0, 0.0])
+    assert kendall_level_means(*some, np.array([0, 0, 1]), np.array([[1.0, 0.0]])) == pytest.approx([1.0])
+
+
+def test_monotone_prompts_by_hand():
+    requested = np.array([1, 1, 2, 2, 3, 1, 2, 3, 1, 2, 2], float)
+    units = np.array([1.0, 3.0, 2.5, 2.5, 3.0, 1.0, 1.0, 2.0, 2.0, 1.0, 4.0])
+    prompt = np.array([0, 0, 0, 0, 0, 1, 1, 1, 2, 2, 3])
+    # prompt 0: means 2 2.5 3 rise; 1: 1 1 2 stays level once; 2: falls; 3: one level only, left out
+    assert monotone_prompts(requested, units, prompt, everyone(4)) == pytest.approx([1 / 3])
+    assert monotone_prompts(requested, units, prompt, np.array([[1.0, 0, 0, 5.0]])) == pytest.approx([1.0])
+
+
+def test_random_scores_are_monotone_as_often_as_chance_says():
+    requested, prompt = np.tile([1.0, 2.0, 3.0], 4000), np.repeat(np.arange(4000), 3)
+    units = np.random.default_rng(0).normal(size=12000)
+    # 1 / 3! with a standard error of sqrt(1/6 * 5/6 / 4000) = 0.006
+    assert monotone_prompts(requested, units, prompt, everyone(4000)) == pytest.approx([1 / 6], abs=0.02)
 
 
 def test_spearman_rows_by_hand():
@@ -100,9 +141,15 @@ def test_weights_equal_repeated_rows(data):
     rows = [np.flatnonzero(prompt == p) for p, _ in copies]
     index, clone = np.concatenate(rows), np.repeat(np.arange(len(rows)), [len(r) for r in rows])
     written_out = everyone(len(copies))
-    for f in (mae, bias, spearman_level_means, spearman_rows):
+    for f in (mae, bias, spearman_level_means, spearman_rows, kendall_level_means, monotone_prompts):
         got = f(requested[:, 0], units[:, 0], prompt, weights)
-        assert got == pytest.approx(f(requested[index, 0], units[index, 0], clone, written_out), abs=1e-9)
+        want = f(requested[index, 0], units[index, 0], clone, written_out)
+        assert got == pytest.approx(want, abs=1e-9, nan_ok=True)
+    levels, means = level_means(requested[:, 0], units[:, 0], prompt, weights)
+    kept = np.isfinite(means[0])
+    tau = stats.kendalltau(np.array(levels)[kept], np.round(means[0][kept], 10)).statistic if kept.sum() > 1 else math.nan
+    found = kendall_level_means(requested[:, 0], units[:, 0], prompt, weights)[0]
+    assert found == pytest.approx(0.0 if math.isnan(tau) else tau, abs=1e-9)
     got = pairwise_order(requested, units[:, 0], 0, prompt, weights)
     want = pairwise_order(requested[index], units[index, 0], 0, clone, written_out)
     assert got == pytest.approx(want, abs=1e-9, nan_ok=True)

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from ctrlray.metrics.bootstrap import Interval
 from ctrlray.metrics.control import pairwise_order
-from ctrlray.metrics.entanglement import correlation_within, length_adjusted, pool_slopes, slopes
+from ctrlray.metrics.entanglement import (
+    correlation_within,
+    entanglement_index,
+    length_adjusted,
+    off_diagonal,
+    pool_slopes,
+    relative_to_pool,
+    slopes,
+    steering,
+)
 from tests.grids import everyone
 
 
@@ -72,3 +83,45 @@ def test_correlation_within_by_hand():
     found = correlation_within([1, 2, 11, 12], [2, 1, 12, 11], ["a", "a", "b", "b"], 100)
     assert found == Interval(-1.0, -1.0, -1.0)
     assert correlation_within([1, 2], [5, 5], ["a", "a"], 100) == Interval(0.0, 0.0, 0.0)
+
+
+def test_entanglement_by_hand():
+    matrix = np.array([[[0.5, -0.2], [0.1, 0.7]], [[0.0, 0.3], [0.3, 0.0]]])
+    # beside the diagonal 0.2 and 0.1: 0.15; along it (0.5 + 0.7) / 2 = 0.6; a dial that moves nothing along has no index
+    assert off_diagonal(matrix) == pytest.approx([0.15, 0.3])
+    assert entanglement_index(matrix) == pytest.approx([0.25, math.nan], nan_ok=True)
+    assert np.isnan(off_diagonal(matrix[:, :1, :1])).all()
+    three = np.eye(3)[None] + 0.5 * (1 - np.eye(3)[None])
+    assert entanglement_index(three) == pytest.approx([0.5])
+
+
+def test_entanglement_relative_to_the_pool():
+    def flat(value):
+        return Interval(value, value, value)
+
+    pool = [[flat(1.0), flat(-0.6)], [flat(-0.2), flat(1.0)]]
+    # the pool's index is (0.6 + 0.2) / 2 = 0.4
+    assert relative_to_pool(Interval(0.2, 0.1, 0.6), pool) == pytest.approx(Interval(0.5, 0.25, 1.5))
+    apart = [[flat(1.0), flat(0.0)], [flat(0.0), flat(1.0)]]
+    assert all(math.isnan(x) for x in relative_to_pool(Interval(0.2, 0.1, 0.6), apart))
+
+
+def test_steering_by_hand():
+    source = np.zeros((4, 2))
+    requested = np.array([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0], [0.0, 0.0]])
+    units = np.array([[3.0, 0.0], [6.0, 8.0], [0.0, 0.0], [1.0, 1.0]])
+    found = steering(requested, units, source)
+    # one short of four: 1/4, nothing sideways | two too far along, eight across of a movement of ten | unmoved | nothing asked
+    assert found.error_N == pytest.approx([1.0, math.sqrt(4 + 64), 4.0, math.sqrt(2)])
+    assert found.miscalibration_N == pytest.approx([0.25, 0.5, 1.0, math.nan], nan_ok=True)
+    assert found.orthogonality_N == pytest.approx([0.0, 0.8, 0.0, math.nan], nan_ok=True)
+
+
+def test_steering_error_is_its_two_parts():
+    rng = np.random.default_rng(0)
+    requested, units, source = rng.normal(size=(3, 50, 3))
+    found = steering(requested, units, source)
+    along = found.miscalibration_N * np.linalg.norm(requested - source, axis=1)
+    across = found.orthogonality_N * np.linalg.norm(units - source, axis=1)
+    assert found.error_N**2 == pytest.approx(along**2 + across**2)  # Pythagoras
+    assert ((found.orthogonality_N >= 0) & (found.orthogonality_N <= 1)).all()

@@ -25,6 +25,16 @@ def test_a_perfect_dial():
         assert found["level_means"][a] == {str(k): {"value": float(k), "low": float(k), "high": float(k)} for k in (1, 2, 3)}
     assert found["slopes"] == [[one, zero], [zero, one]]
     assert found["distinct_outputs"] == 1.0
+    for a in ("kind", "brief"):
+        assert found["attributes"][a]["kendall_level_means"] == found["attributes"][a]["monotone_prompts"] == one
+    assert found["entanglement"] == {"off_diagonal": zero, "index": zero}
+    # the corner (3, 3) has shares (3 - 0.5) / 3 = 5/6 in both, and dominates the others
+    assert found["pareto"]["hypervolume"]["value"] == pytest.approx(25 / 36)
+    assert found["pareto"]["sparsity"] == {"value": None, "low": None, "high": None}  # a front of one point
+    # every answer keeps to its setting; the mean share of the other attribute is 1/2
+    assert found["cosa"]["kind"]["value"] == pytest.approx(0.5)
+    assert [c["levels"] for c in found["cells"]] == [list(c) for c in CELLS]
+    assert all(c["count"] == 12 and c["units"]["brief"]["value"] == c["levels"][1] for c in found["cells"])
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -42,6 +52,12 @@ def test_a_method_that_ignores_the_dial_is_exactly_at_chance(seed):
             assert values["spearman_level_means"] == values["spearman_rows"] == zero
     assert found["slopes"] == found["slopes_length_adjusted"] == [[zero, zero], [zero, zero]]
     assert found["distinct_outputs"] == 0.0
+    assert found["entanglement"]["off_diagonal"] == zero and found["entanglement"]["index"]["value"] is None
+    assert all(v["kendall_level_means"] == v["monotone_prompts"] == zero for v in found["attributes"].values())
+    # it does not move: nothing of what was asked for is done, and nothing goes sideways
+    assert found["steerability"]["miscalibration"]["value"] == pytest.approx(1.0)
+    assert found["steerability"]["orthogonality"] == zero
+    assert found["texts"]["distinct_1"]["value"] <= 2 / 9  # nine times the same two words
 
 
 def test_a_noisy_entangled_dial():
@@ -69,7 +85,10 @@ def test_row_order_changes_nothing():
 
 def test_methods_do_not_mix():
     clm, start = dial("clm", lambda c, p, r: c + p + r), dial("start", lambda c, p, r: p)
-    assert evaluate(clm + start) == evaluate(clm) | evaluate(start)
+    together, apart = evaluate(clm + start), evaluate(clm) | evaluate(start)
+    # but for the one statistic that looks from where the starting model stands
+    assert together["clm"].pop("steerability") != apart["clm"].pop("steerability")
+    assert together == apart
 
 
 def test_rows_without_a_score_are_left_out_and_counted():
@@ -91,7 +110,22 @@ def test_one_attribute_one_prompt_and_one_level():
     assert alone["attributes"]["kind"]["pairwise"] == {"value": None, "low": None, "high": None}
     assert alone["slopes"][0][0]["value"] == 0.0
     assert alone["attributes"]["kind"]["spearman_level_means"]["value"] == 0.0
+    assert alone["steerability"]["error"] == {"value": None, "low": None, "high": None}  # no starting model in the grid
+    assert alone["cosa"] == {} and alone["entanglement"]["off_diagonal"]["value"] is None
     json.dumps(alone, allow_nan=False)
+
+
+def test_steerability_starts_from_the_starting_model():
+    # the starting model reaches (2, 2) whatever is asked; asked for (3, 2), the dial reaches (3, 3)
+    rows = [
+        ("start", "p", (3, 2), (2.0, 2.0), 5, "a"),
+        ("clm", "p", (3, 2), (3.0, 3.0), 5, "b"),
+        ("clm", "q", (1, 1), (1.0, 1.0), 5, "c"),
+    ]
+    found = evaluate(rows)["clm"]["steerability"]
+    # d = (1, 0), missed by (0, 1): error 1, nothing of it along d, and of the movement (1, 1) a part of length 1 across
+    assert found["error"]["value"] == 1.0 and found["miscalibration"]["value"] == 0.0
+    assert found["orthogonality"]["value"] == pytest.approx(1 / math.sqrt(2))
 
 
 def test_an_empty_or_foreign_grid_is_refused():
