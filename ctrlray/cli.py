@@ -505,18 +505,27 @@ _ANNOTATE_EXPORT = (
 @click.option("--out", required=True, help="Folder or URI for the raters' files and the key.")
 @click.option("--source", type=click.Choice(["grid", "pool"]), default="grid", help="Evaluated answers, or training rows.")
 @click.option("--method", "methods", multiple=True, help="Whose answers of the grid; repeatable. The exported objective's.")
+@click.option("--prompts", default="", help="A prompt set of the evaluation; the run's own held-out prompts when left out.")
 @click.option("--items", type=click.IntRange(min=1), default=60, show_default=True, help="How many pairs.")
 @click.option("--pairs", "which", type=click.Choice(["any", "ends"]), default="any", help="ends: lowest against highest level.")
 @click.option("--define", "defined", multiple=True, metavar="NAME=TEXT", help="What raters read as its meaning; repeatable.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of pairs, their sides and their order.")
 def _annotate_export(
-    run_or_job: str, out: str, source: Any, methods: tuple[str, ...], items: int, which: Any, defined: tuple[str, ...], seed: int
+    run_or_job: str,
+    out: str,
+    source: Any,
+    methods: tuple[str, ...],
+    prompts: str,
+    items: int,
+    which: Any,
+    defined: tuple[str, ...],
+    seed: int,
 ) -> None:
     from ctrlray.annotate import study
     from ctrlray.tables import Storage
 
     with _readable_errors():
-        wanted = study.Request(source, methods, items, which, study.definitions(defined), seed)
+        wanted = study.Request(source, methods, prompts, items, which, study.definitions(defined), seed)
         place = Storage(out if "://" in out else str(Path(out).expanduser().resolve()))
         click.echo("\n".join(study.export(study.located(run_or_job), wanted, place)))
 

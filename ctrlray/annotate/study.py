@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 Source = Literal["grid", "pool"]
 POOL = "pool"
-REWARD = "reward"
-"""The scorer that training saw."""
+REWARD, JUDGE = "reward", "judge"
+"""Who scored: what training saw, and the held-out judges."""
 FOR_RATERS = "for_raters"
 
 
@@ -35,6 +35,8 @@ class Request(NamedTuple):
     source: Source = "grid"
     methods: Sequence[str] = ()
     """Of the grid; the exported objective when empty."""
+    prompts: str = ""
+    """A set of the evaluation; the run's own held-out prompts when empty."""
     num_items: int = 60
     which: Which = "any"
     definitions: Mapping[str, str] = {}
@@ -42,19 +44,25 @@ class Request(NamedTuple):
     seed: int = 0
 
 
+class Found(NamedTuple):
+    """Answers to choose from, and the conversations that they answer, by prompt_id."""
+
+    answers: list[Answer]
+    chats: Mapping[str, Sequence[schema.Message]]
+
+
 def export(run: Run, request: Request, out: Storage) -> list[str]:
     """Write the raters' files and the key; returns what to tell. Raises DataError when there is nothing to compare."""
     names = [a.name for a in run.job.control.attributes]
     if unknown := sorted(set(request.definitions) - set(names)):
         raise ConfigError(f"--define {unknown[0]}: no attribute of the control space, which has {names}")
-    found = _grid(run, request.methods) if request.source == "grid" else _pool(run)
-    drawn = draw_pairs(found, request.num_items, request.seed, request.which, single=request.source == "grid")
+    found = _grid(run, request.methods, request.prompts) if request.source == "grid" else _pool(run)
+    drawn = draw_pairs(found.answers, request.num_items, request.seed, request.which, single=request.source == "grid")
     if not drawn.pairs:
         raise DataError(f"no two answers to one prompt can be compared; left out: {drawn.left_out or 'nothing'}")
     attributes = [(n, request.definitions.get(n) or f"The answer that shows more {n.replace('_', ' ')}.") for n in names]
     made = key.make_key(request.source, run.storage.uri, request.seed, attributes, drawn.pairs)
-    chats = {p["prompt_id"]: p["messages"] for split in ("train", "eval") for p in run.prompts(split).to_pylist()}
-    items = [sheet.Item(p.item_id, chats[p.a.prompt_id], p.a.text, p.b.text) for p in drawn.pairs]
+    items = [sheet.Item(p.item_id, found.chats[p.a.prompt_id], p.a.text, p.b.text) for p in drawn.pairs]
     blind = sheet.Sheet(made["study"], attributes, items)
     raters = out.sub(FOR_RATERS)
     raters.write_bytes(sheet.page(blind).encode(), "study.html")
@@ -71,47 +79,61 @@ def _told(study: str, drawn: Drawn, request: Request, out: Storage) -> list[str]
     return [*lines, f"give raters   {out.uri}/{FOR_RATERS}", f"keep          {out.uri}/key.json"]
 
 
-def _grid(run: Run, methods: Sequence[str]) -> list[Answer]:
+def _grid(run: Run, methods: Sequence[str], prompt_set: str) -> Found:
+    """Evaluated answers to the run's own held-out prompts, or to those of a set."""
+    from ctrlray.stages.sets import FOLDER
+
     names = [a.name for a in run.job.control.attributes]
     if run.result("evaluate") is None:
         raise ConfigError("the run has no finished evaluation; run `ctrlray evaluate` first, or take --source pool")
+    sets = [s.name for s in run.job.evaluate.sets]
+    if prompt_set and prompt_set not in sets:
+        raise ConfigError(f"--prompts {prompt_set}: no set of the evaluation, which has {sets or 'none'}")
+    out = run.out("evaluate").sub(FOLDER, prompt_set) if prompt_set else run.out("evaluate")
+    prompts = out.read_table("prompts", schema.SET_PROMPTS) if prompt_set else run.prompts("eval")
+    judged = bool(run.job.judges)
+    rows = out.read_table("grid", schema.grid(names, judged=judged)).to_pylist()
     wanted = set(methods) or {run.job.export.objective or run.job.train.objectives[-1].type}
-    rows = run.out("evaluate").read_table("grid", schema.grid(names)).to_pylist()
     if unknown := sorted(wanted - {r["method"] for r in rows}):
         raise ConfigError(f"--method {unknown[0]}: the grid has {sorted({r['method'] for r in rows})}")
-    return [
-        Answer(
-            r["grid_id"],
-            r["prompt_id"],
-            r["method"],
-            tuple(r[f"requested_{n}"] for n in names),
-            r["text"],
-            {REWARD: {n: r[f"score_{n}"] for n in names}},
-        )
-        for r in rows
-        if r["method"] in wanted
-    ]
+    scorers = {REWARD: "score_"} | ({JUDGE: "judge_score_"} if judged else {})
+    return Found(
+        [
+            Answer(
+                r["grid_id"],
+                r["prompt_id"],
+                r["method"],
+                tuple(r[f"requested_{n}"] for n in names),
+                r["text"],
+                {who: {n: r[prefix + n] for n in names} for who, prefix in scorers.items()},
+            )
+            for r in rows
+            if r["method"] in wanted
+        ],
+        {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()},
+    )
 
 
-def _pool(run: Run) -> list[Answer]:
-    """The training examples with the levels that they were labelled with."""
+def _pool(run: Run) -> Found:
+    """The training examples with the levels that they were labelled with; an evaluation with judges has scored them too."""
+    from ctrlray.stages import judging
+    from ctrlray.stages.grid import text_id
+
     names = [a.name for a in run.job.control.attributes]
     if run.result("distill") is None:
         raise ConfigError("the run has no finished distillation; run `ctrlray distill` first")
-    scores = {r["response_id"]: r for r in run.out("score").read_table("scores", schema.scores(names)).to_pylist()}
-    columns = ["example_id", "prompt_id", "response", *(f"level_{n}" for n in names)]
+    scored = schema.scores(names)
+    rewards = {r["response_id"]: r for r in run.out("score").read_table("scores", scored).to_pylist()}
+    judges = {r["response_id"]: r for r in run.out("evaluate").sub(judging.FOLDER).read_table("scores", scored).to_pylist()}
+    columns = ["example_id", "prompt_id", "messages", "response", *(f"level_{n}" for n in names)]
     rows = run.out("distill").read_table("examples", schema.examples(names), columns).to_pylist()
-    return [
-        Answer(
-            r["example_id"],
-            r["prompt_id"],
-            POOL,
-            tuple(r[f"level_{n}"] for n in names),
-            r["response"],
-            {REWARD: {n: scores[r["example_id"]][f"score_{n}"] for n in names}},
-        )
-        for r in rows
-    ]
+    found = []
+    for r in rows:
+        by = {REWARD: rewards[r["example_id"]], JUDGE: judges.get(text_id(r["prompt_id"], r["response"].strip()))}
+        scores = {who: {n: s[f"score_{n}"] for n in names} for who, s in by.items() if s}
+        levels = tuple(r[f"level_{n}"] for n in names)
+        found.append(Answer(r["example_id"], r["prompt_id"], POOL, levels, r["response"], scores))
+    return Found(found, {r["prompt_id"]: r["messages"] for r in rows})
 
 
 def located(run_or_job: str) -> Run:

@@ -20,8 +20,9 @@ from ctrlray.annotate.pairs import Answer, Pair
 from ctrlray.cli import main
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.pages import asset, policy_hash
-from ctrlray.tables import Storage
-from tests.studies import NAMES, NASTY, add_examples, run_with_grid
+from ctrlray.stages.grid import text_id
+from ctrlray.tables import Storage, from_rows
+from tests.studies import NAMES, NASTY, add_examples, run_with_grid, run_with_judge
 
 
 @pytest.fixture
@@ -238,6 +239,38 @@ def test_the_pool_gives_pairs_of_training_rows_with_their_scores(tmp_path):
     _, found = bring_in(tmp_path / "s", ann)
     values = json.loads((found / "agreement.json").read_text())["attributes"]["helpfulness"]["agreement"]["all"]
     assert values["requested"]["accuracy"]["value"] == 1.0 and values["reward"]["accuracy"]["value"] == 0.0
+
+
+def test_judges_are_one_more_reference(tmp_path):
+    run, out = run_with_judge(tmp_path / "run"), tmp_path / "study"
+    study.export(run, study.Request(num_items=8), Storage(str(out)))
+    items = {i["item_id"]: i for i in json.loads((out / "key.json").read_text())["items"]}
+    _, found = bring_in(out, fill(out, tmp_path / "ann.csv", lambda i, n: higher(items[i], n)))
+    against = json.loads((found / "agreement.json").read_text())["attributes"]["safety"]["agreement"]["all"]
+    assert {who: v["accuracy"]["value"] for who, v in against.items()} == {"requested": 1.0, "reward": 1.0, "judge": 0.0}
+
+
+def test_judges_that_scored_training_rows_are_a_reference_there_too(tmp_path):
+    run, out = run_with_judge(tmp_path / "run"), tmp_path / "study"
+    add_examples(run)
+    rows = run.out("distill").read_table("examples", schema.examples(NAMES)).to_pylist()
+    half = [r for r in rows if r["level_safety"] == 1 or r["level_helpfulness"] == 2]  # the judges lack one cell of four
+    known = [{"response_id": text_id(r["prompt_id"], r["response"].strip())} | {f"score_{n}": 0.5 for n in NAMES} for r in half]
+    run.out("evaluate").sub("judge").write_table(from_rows(known, schema.scores(NAMES)), "scores")
+    study.export(run, study.Request(source="pool", num_items=72), Storage(str(out)))
+    items = {i["item_id"]: i for i in json.loads((out / "key.json").read_text())["items"]}
+    assert sum("judge" in i[s]["scores"] for i in items.values() for s in "ab") == 2 * 72 * 3 // 4
+    _, found = bring_in(out, fill(out, tmp_path / "ann.csv", lambda i, n: "A"))
+    judge = json.loads((found / "agreement.json").read_text())["attributes"]["safety"]["agreement"]["all"]["judge"]
+    assert judge["num_decided"] == 0 and judge["accuracy"]["value"] is None  # its scores are all equal
+
+
+def test_a_set_of_the_evaluation_has_prompts_of_its_own(tmp_path):
+    run, out = run_with_judge(tmp_path / "run"), tmp_path / "study"
+    study.export(run, study.Request(prompts="odd", num_items=9), Storage(str(out)))
+    assert [r["prompt"] for r in sheet_rows(out)] == ["user: An odd question?"] * 4
+    with pytest.raises(ConfigError, match=r"--prompts odder: no set of the evaluation, which has \['odd'\]"):
+        study.export(run, study.Request(prompts="odder"), Storage(str(out)))
 
 
 def test_methods_are_shown_side_by_side_and_told_apart_afterwards(tmp_path):
