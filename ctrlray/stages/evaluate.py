@@ -21,6 +21,7 @@ from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import EngineSpec
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
+from ctrlray.metrics.compare import compare_grid
 from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.metrics.refusals import refusal_rates
 from ctrlray.metrics.texts import is_refusal
@@ -119,13 +120,20 @@ def _judged(
 
 
 def _measure(part: Asked, table: pa.Table, job: config.Job, out: Storage) -> None:
-    """Write metrics.json and judge.json of the own prompts, metrics-<set>.json and judge-<set>.json of a set."""
-    suffix = f"-{part.name}" if part.name else ""
-    out.write_json(evaluate_grid(table, job.control, job.evaluate.bootstrap, job.seed), f"metrics{suffix}.json")
+    """Write metrics.json and judge.json of the own prompts, metrics-<set>.json and judge-<set>.json of a set.
+
+    Methods are compared on the own prompts, in comparisons.json, and under the judges in their folder.
+    """
+    suffix, how = f"-{part.name}" if part.name else "", (job.control, job.evaluate.bootstrap, job.seed)
+    out.write_json(evaluate_grid(table, *how), f"metrics{suffix}.json")
+    if not part.name:
+        out.write_json(compare_grid(table, *how), "comparisons.json")
     if job.judges:
-        found = judging.measure(table, job)
+        seen = judging.as_judged(table, job)
+        found = evaluate_grid(seen, *how)
         if not part.name:
             found["correlation"] = out.read_json(judging.FOLDER, "correlation.json")
+            out.write_json(compare_grid(seen, *how), judging.FOLDER, "comparisons.json")
         out.write_json(found, f"judge{suffix}.json")
 
 

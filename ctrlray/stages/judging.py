@@ -19,7 +19,6 @@ from ctrlray.distill import Levels, usable
 from ctrlray.errors import DataError
 from ctrlray.ledger import Progress
 from ctrlray.metrics.bootstrap import numbers
-from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.rewards.measure import correlation
 from ctrlray.stages.grid import Scored, Texts, score_texts, text_id
 from ctrlray.stages.score import Conversations, job_attributes
@@ -54,13 +53,13 @@ def judge(texts: Texts, pool: Pool, chats: Conversations, job: config.Job, out: 
     return Scored(scores, scales)
 
 
-def measure(grid: pa.Table, job: config.Job) -> dict[str, Any]:
-    """What `evaluate_grid` makes of a grid, with the judges' units in place of the training rewards'."""
+def as_judged(grid: pa.Table, job: config.Job) -> pa.Table:
+    """A grid with the judges' scores and units in place of the training rewards'."""
     for name in job_attributes(job):
         for kind in ("score", "units"):
             here = grid.column_names.index(f"{kind}_{name}")
             grid = grid.set_column(here, f"{kind}_{name}", grid[f"judge_{kind}_{name}"])
-    return evaluate_grid(grid, job.control, job.evaluate.bootstrap, job.seed)
+    return grid
 
 
 def agreement(pool: Pool, job: config.Job, scales: Mapping[str, Levels], judged: Scored) -> dict[str, Any]:

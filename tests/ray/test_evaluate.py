@@ -187,6 +187,8 @@ def check_measures(out):
     assert judge["clm"]["attributes"]["brevity"]["pairwise"]["value"] == 0
     assert agreed["brevity"]["overall"]["value"] > 0.8 and agreed["brevity"]["num_answers"] == 6
     assert agreed["brevity"]["overall"]["low"] <= agreed["brevity"]["overall"]["value"] <= agreed["brevity"]["overall"]["high"]
+    assert len(out.read_json("comparisons.json")) == len(out.read_json("judge", "comparisons.json")) > 0
+    assert out.read_json("comparisons.json") != out.read_json("judge", "comparisons.json")
     for name in ("metrics", "judge"):
         assert out.read_json(f"{name}-careful.json")["clm"]["num_prompts"] == 4
     found = out.read_json("refusals.json")["careful"]
