@@ -59,7 +59,7 @@ def sheet_csv(sheet: Sheet) -> str:
     rows = [["study", "rater", "item_id", "prompt", "answer_a", "answer_b", *names]]
     for item in sheet.items:
         prompt = "\n\n".join(f"{m['role']}: {m['content']}" for m in item.prompt)
-        rows.append([sheet.study, "", item.item_id, *map(str, (prompt, item.a, item.b)), *("" for _ in names)])
+        rows.append([sheet.study, "", item.item_id, *map(_plain, (prompt, item.a, item.b)), *("" for _ in names)])
     return csv_text(rows)
 
 
