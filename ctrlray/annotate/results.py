@@ -22,8 +22,8 @@ def results(key: Mapping[str, Any], checked: Checked, num_bootstrap: int, seed: 
 
     Per attribute: `alpha_nominal` and `alpha_ordinal` between raters (B < tie < A; skipped and missing ratings are missing
     values), `ties`, the share of ties, and per group of answers (`all` and each method) and reference: `accuracy` and
-    `kappa` where rater and reference both choose a side, `order_accuracy` with a rater's tie counted half. Raises DataError
-    when no rating counts.
+    `kappa` where rater and reference both choose a side, `order_accuracy` with a rater's tie counted half, and `alpha`, ordinal,
+    with ties of both, the reference as a second observer of every rating. Raises DataError when no rating counts.
     """
     if not checked.used:
         raise DataError(f"no rating counts: {checked.counts()}; look at quarantine.csv")
@@ -103,6 +103,7 @@ def _agreement(
         "accuracy": interval(agree.accuracy(sides_BKK)).as_json(),
         "kappa": interval(agree.cohen_kappa(sides_BKK)).as_json(),
         "order_accuracy": interval(agree.order_accuracy(counts_BKK)).as_json(),
+        "alpha": interval(agree.krippendorff_alpha(agree.both_ways(counts_BKK), "ordinal")).as_json(),
     }
 
 
@@ -157,12 +158,12 @@ def _attribute_lines(values: Mapping[str, Any]) -> list[str]:
         f"Krippendorff's alpha between raters: nominal {_shown(values['alpha_nominal'])}, "
         f"ordinal {_shown(values['alpha_ordinal'])}.",
         "",
-        "| answers | raters against | decided | ties | accuracy | Cohen's kappa | order accuracy, ties half |",
-        "|---|---|---|---|---|---|---|",
+        "| answers | raters against | decided | ties | accuracy | Cohen's kappa | order accuracy, ties half | ordinal alpha |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for group, by_reference in values["agreement"].items():
         for who, v in by_reference.items():
-            cells = [_shown(v[k]) for k in ("accuracy", "kappa", "order_accuracy")]
+            cells = [_shown(v[k]) for k in ("accuracy", "kappa", "order_accuracy", "alpha")]
             lines.append(f"| {group} | {who} | {v['num_decided']} | {v['num_ties']} | {' | '.join(cells)} |")
     return lines
 

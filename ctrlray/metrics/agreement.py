@@ -67,6 +67,11 @@ def krippendorff_alpha(coincidences_BKK: Floats, metric: Literal["nominal", "ord
     return np.asarray(1 - (num_B - 1) * divide(observed_B, expected_B))
 
 
+def both_ways(counts_BKK: Floats) -> Floats:
+    """coincidences_BKK of two observers without gaps, the first and the second label: each pair counts both ways round."""
+    return np.asarray(counts_BKK + counts_BKK.transpose(0, 2, 1))
+
+
 def _differences(margins_BK: Floats, metric: str) -> Floats:
     num_categories = margins_BK.shape[1]
     if metric == "nominal":

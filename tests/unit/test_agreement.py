@@ -64,6 +64,15 @@ def test_accuracies_by_hand():
     assert agree.cohen_kappa(agree.decided(counts))[0] == pytest.approx((6 / 8 - 34 / 64) / (1 - 34 / 64))
 
 
+def test_alpha_with_a_reference_by_hand():
+    counts = one([2, 0, 1], [1, 0, 1], [1, 0, 4])
+    # o = C + C' = [[4, 1, 2], [1, 0, 1], [2, 1, 8]], margins 7, 2, 11 of 20
+    # squared differences: B-tie (3.5 + 1)^2 = 20.25, tie-A (1 + 5.5)^2 = 42.25, B-A (3.5 + 2 + 5.5)^2 = 121
+    # alpha = 1 - 19 x 2 (1 x 20.25 + 1 x 42.25 + 2 x 121) / (2 (14 x 20.25 + 22 x 42.25 + 77 x 121))
+    alpha = agree.krippendorff_alpha(agree.both_ways(counts), "ordinal")[0]
+    assert alpha == pytest.approx(1 - 19 * 609 / 21060)
+
+
 def test_undefined_is_nan_and_not_a_number_that_looks_fine():
     nothing, same = np.zeros((1, 3, 3)), one([0, 0, 0], [0, 0, 0], [0, 0, 8])
     for counts in (nothing, same):
@@ -122,10 +131,12 @@ def test_alpha_is_its_definition(ratings, metric):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=12))
-def test_kappa_is_its_definition(pairs):
+def test_kappa_and_alpha_of_two_are_their_definitions(pairs):
     first, second = map(list, zip(*pairs, strict=True))
     counts = agree.confusions(np.array(first), np.array(second), np.zeros(len(first), np.int64), 1)
     assert agree.cohen_kappa(counts)[0] == pytest.approx(plain_kappa(first, second), abs=1e-9, nan_ok=True)
+    alpha = agree.krippendorff_alpha(agree.both_ways(counts), "ordinal")[0]
+    assert alpha == pytest.approx(plain_alpha([first, second], True), abs=1e-9, nan_ok=True)
 
 
 def test_a_draw_is_the_coefficient_of_the_rows_that_it_holds():

@@ -160,9 +160,9 @@ def test_round_trip_of_a_rater_who_follows_the_levels(exported, tmp_path):
         for against in values["agreement"]["all"].values():
             assert against["num_decided"] == asked and against["num_ties"] == 0
             assert against["accuracy"] == {"value": 1.0, "low": 1.0, "high": 1.0}
-            assert against["kappa"]["value"] == 1.0 and against["order_accuracy"]["value"] == 1.0
+            assert against["kappa"]["value"] == against["order_accuracy"]["value"] == against["alpha"]["value"] == 1.0
         assert values["alpha_nominal"]["value"] is None  # one rater agrees with nobody
-    assert "| all | reward | 5 | 0 | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] |" in call.output
+    assert f"| all | reward | 5 | 0 |{' 1.00 [1.00, 1.00] |' * 4}\n" in call.output
     assert (found / "agreement.md").read_text() == call.output
 
 
@@ -178,6 +178,10 @@ def test_two_raters_who_oppose_each_other(exported, tmp_path):
     values = made["attributes"]["safety"]
     assert values["agreement"]["all"]["requested"]["accuracy"]["value"] == 0.5
     assert values["agreement"]["all"]["requested"]["kappa"]["value"] == pytest.approx(0.0)
+    # per rating: 10 ties of both, 5 right, 5 wrong, and A and B wanted 3 and 2 times: margins 11, 20, 9 of 40
+    # squared differences: 15.5^2, 14.5^2 to a tie, 30^2 across
+    expected = 2 * (11 * 20 * 15.5**2 + 20 * 9 * 14.5**2 + 11 * 9 * 30**2)
+    assert values["agreement"]["all"]["requested"]["alpha"]["value"] == pytest.approx(1 - 39 * 2 * 5 * 30**2 / expected)
     # half of the pairs ties of both, half opposed: o = [[0, 0, 5], [0, 10, 0], [5, 0, 0]], n = 20
     # alpha = 1 - 19 x 10 / (2 (5 x 10 + 5 x 5 + 10 x 5)); ordinal differences: B-tie and tie-A 7.5^2, B-A 15^2
     assert values["alpha_nominal"]["value"] == pytest.approx(1 - 19 * 10 / 250)

@@ -143,13 +143,13 @@ def test_a_file_of_ones_own_is_taken_up_and_others_are_refused(page, tmp_path):
     kept["answers"]["qelsewhere"] = {"safety": "A"}
     (tmp_path / "more.json").write_text(json.dumps(kept))
     page.set_input_files("#file", tmp_path / "more.json")
-    page.wait_for_function("document.getElementById('done').value === 1")
+    playwright.expect(page.locator("#done")).to_have_js_property("value", 1)
     saved(page, "#json", tmp_path / "now.json")  # what was chosen here stays
     assert json.loads((tmp_path / "now.json").read_text())["answers"] == {item: {"helpfulness": "A", "safety": "tie"}}
     for name, content in (("other.json", json.dumps(kept | {"study": "x"})), ("broken.json", "{")):
         (tmp_path / name).write_text(content)
         page.set_input_files("#file", tmp_path / name)
-        page.wait_for_function(f"document.getElementById('notice').textContent === '{name} is no json file of this study.'")
+        playwright.expect(page.locator("#notice")).to_have_text(f"{name} is no json file of this study.")
 
 
 def test_it_says_so_when_the_browser_keeps_nothing(page):
