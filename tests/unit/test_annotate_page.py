@@ -133,6 +133,20 @@ def test_raters_of_one_browser_do_not_see_each_other(page):
     assert page.locator("input:checked:not(#use-keys)").count() == 0
 
 
+def test_two_windows_of_one_rater_show_the_same(page, folder):
+    start(page, "ann")
+    other = page.context.new_page()
+    other.goto(page.url)
+    rate(other, "B", "helpfulness")
+    rate(other, "Tie", "safety")
+    playwright.expect(page.locator("#status")).to_have_text("ann: 1 of 6 pairs done")
+    page.click("#next")
+    rate(page, "A", "safety")  # and keeps what the other chose
+    other.reload()
+    assert other.inner_text("#status") == "ann: 1 of 6 pairs done"
+    assert other.locator("article:visible input:checked").evaluate_all("all => all.map(i => i.value)") == ["A"]
+
+
 def test_a_file_of_ones_own_is_taken_up_and_others_are_refused(page, tmp_path):
     start(page, "ann")
     rate(page, "A", "helpfulness")

@@ -58,6 +58,17 @@ def test_sides_do_not_follow_the_order_shown():
     assert 30 < repeats < 70  # neither in blocks nor in turns
 
 
+def test_the_order_shown_follows_neither_levels_nor_prompts():
+    shown = [p.a for p in draw_pairs(grid(), 108, seed=1).pairs]  # of 9 cells and 12 prompts
+    for name in ("levels", "prompt_id"):
+        assert sum(getattr(x, name) == getattr(y, name) for x, y in itertools.pairwise(shown)) < 30
+
+
+def test_the_side_of_a_single_pair_is_a_matter_of_the_seed():
+    high = [p.a.levels > p.b.levels for seed in range(20) for p in draw_pairs(grid(1)[:2], 1, seed).pairs]
+    assert 4 < sum(high) < 16
+
+
 def test_a_seed_gives_the_same_study_whatever_the_order_of_rows_and_another_seed_another():
     rows = grid()
     first = draw_pairs(rows, 30, seed=4)
