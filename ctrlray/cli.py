@@ -644,6 +644,65 @@ def _runs_clean(name: str, everything: bool, yes: bool) -> None:
         click.echo(f"freed {runs.clean(storage, everything) / 2**20:.1f} MiB")
 
 
+@main.group("annotate")
+def _annotate() -> None:
+    """Human studies: raters compare pairs of a run's answers without knowing what was asked for."""
+
+
+_ANNOTATE_EXPORT = (
+    "ctrlray annotate export quickstart --out /data/study\n"
+    'ctrlray annotate export job.yaml --out /data/study --items 120 --method exmate --define safety="Does no harm."\n'
+    "ctrlray annotate export quickstart --out /data/study --source pool --pairs ends"
+)
+
+
+@_command(_annotate, "export", "Write a blind sheet of pairs for raters, and its key.", _ANNOTATE_EXPORT)
+@click.argument("run_or_job", shell_complete=_complete_run)
+@click.option("--out", required=True, help="Folder or URI for the raters' files and the key.")
+@click.option("--source", type=click.Choice(["grid", "pool"]), default="grid", help="Evaluated answers, or training rows.")
+@click.option("--method", "methods", multiple=True, help="Whose answers of the grid; repeatable. The exported objective's.")
+@click.option("--prompts", default="", help="A prompt set of the evaluation; the run's own held-out prompts when left out.")
+@click.option("--items", type=click.IntRange(min=1), default=60, show_default=True, help="How many pairs.")
+@click.option("--pairs", "which", type=click.Choice(["any", "ends"]), default="any", help="ends: lowest against highest level.")
+@click.option("--define", "defined", multiple=True, metavar="NAME=TEXT", help="What raters read as its meaning; repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of pairs, their sides and their order.")
+def _annotate_export(
+    run_or_job: str,
+    out: str,
+    source: Any,
+    methods: tuple[str, ...],
+    prompts: str,
+    items: int,
+    which: Any,
+    defined: tuple[str, ...],
+    seed: int,
+) -> None:
+    from ctrlray.annotate import study
+    from ctrlray.tables import Storage
+
+    with _readable_errors():
+        wanted = study.Request(source, methods, prompts, items, which, study.definitions(defined), seed)
+        place = Storage(out if "://" in out else str(Path(out).expanduser().resolve()))
+        click.echo("\n".join(study.export(study.located(run_or_job), wanted, place)))
+
+
+_ANNOTATE_IMPORT = "ctrlray annotate import /data/study/key.json ratings-*.csv --out /data/study/found"
+
+
+@_command(_annotate, "import", "Check raters' files and compute what they agree with.", _ANNOTATE_IMPORT)
+@click.argument("key", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("answers", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results; the key's when unset.")
+@click.option("--bootstrap", type=click.IntRange(min=100), default=1000, show_default=True, help="Resamples over prompts.")
+def _annotate_import(key: Path, answers: tuple[Path, ...], out: Path | None, bootstrap: int) -> None:
+    from ctrlray.annotate import study
+    from ctrlray.tables import Storage
+
+    with _readable_errors():
+        place = Storage(str((out or key.parent).resolve()))
+        click.echo(study.import_ratings(key, answers, place, bootstrap), nl=False)
+
+
 @contextlib.contextmanager
 def _readable_errors() -> Iterator[None]:
     try:

@@ -6,18 +6,16 @@ the template escapes everything, and the page's content policy runs no script bu
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from ctrlray.pages import asset, environment, policy_hash
 from ctrlray.stages import report_figures as figures
 from ctrlray.stages import report_tables as tables
 from ctrlray.stages.report_verdict import alarms_of, is_baseline, verdict
@@ -73,16 +71,7 @@ def render(data: ReportData) -> str:
 
 @cache
 def _environment() -> Environment:
-    # autoescape is unconditional: the default rule goes by file ending and would miss `.j2`
-    environment = Environment(
-        loader=PackageLoader("ctrlray", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(number=tables.number, percent=tables.percent, duration=tables.duration)
-    return environment
+    return environment(number=tables.number, percent=tables.percent, duration=tables.duration)
 
 
 def _context(data: ReportData) -> dict[str, Any]:
@@ -90,14 +79,14 @@ def _context(data: ReportData) -> dict[str, Any]:
     levels = [int(a["levels"]) for a in data.attributes]
     sampled = [str(s["method"]) for s in data.samples]
     look = figures.styles([*data.metrics, *data.curves, *data.code_gaps, *sampled])
-    plotly_js, page_js = Markup(get_plotlyjs()), Markup(_script())
+    plotly_js, page_js = Markup(get_plotlyjs()), Markup(asset(SCRIPT))
     return {
         "data": data,
         "names": names,
         "look": look,
         "plotly_js": plotly_js,
         "page_js": page_js,
-        "policy": POLICY + " ".join(map(_hash, (plotly_js, page_js))),
+        "policy": POLICY + " ".join(map(policy_hash, (plotly_js, page_js))),
         "verdict": verdict(names, data.metrics, data.code_gaps),
         "alarms": alarms_of(data.alarms, data.ledger),
         "ledger": tables.ledger_table(data.ledger) if data.ledger else None,
@@ -119,14 +108,6 @@ def _context(data: ReportData) -> dict[str, Any]:
         "versions": tables.pairs_table("Versions", data.versions),
         "machine": tables.pairs_table("Machine", data.machine),
     }
-
-
-def _script() -> str:
-    return (resources.files("ctrlray") / "assets" / SCRIPT).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def _cells(names: Sequence[str], levels: Sequence[int], data: ReportData) -> dict[str, Any]:
