@@ -27,9 +27,10 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-
 _BASE, _OTHER = "#808080", "#2f7fc1"
 _PLOTTED = {"ends": 0.5, "slope": 0.0}
 """Statistics that are drawn, those that any number of levels has in common, and where nothing follows the dial."""
+MAX_P = 0.05
 _HIGHER = {"pairwise", "ends", "spearman_level_means", "slope"}
 _WHAT = ("variant", "state", "attribute", "statistic")
-_FIGURES = ("value", "low", "high", "difference", "difference_low", "difference_high")
+_FIGURES = ("value", "low", "high", "difference", "difference_low", "difference_high", "p", "p_holm")
 Comparison = Mapping[str, Any]
 
 
@@ -50,6 +51,7 @@ def csv_text(found: Comparison) -> str:
             for key in STATISTICS:
                 of, apart = values[key], values[key].get("difference") or {}
                 numbers = [d.get(part) for d in (of, apart) for part in ("value", "low", "high")]
+                numbers += [apart.get(part) for part in ("p", "p_holm")]
                 rows.writerow([v["variant"], v["state"], attribute, key, *("" if n is None else n for n in numbers), ""])
     return sink.getvalue()
 
@@ -125,7 +127,7 @@ def _overview_row(v: Mapping[str, Any]) -> list[Cell]:
 
 
 def statistics_table(found: Comparison, attribute: str) -> Table:
-    """One attribute: each statistic and its paired difference to the base, coloured where its interval excludes zero."""
+    """One attribute: each statistic and its paired difference to the base."""
     header = ["Variant", "Levels", *(h for s in STATISTICS.values() for h in (s.title, "Difference"))]
     rows = []
     for v in found["variants"]:
@@ -138,11 +140,14 @@ def statistics_table(found: Comparison, attribute: str) -> Table:
 
 
 def _difference_cell(value: Any, key: str) -> Cell:
-    """Green where a variant is better than the base, red where it is worse."""
+    """Green where a variant is better than the base, red where it is worse: the interval, and p after Holm, leave no doubt."""
     if value is None:
         return Cell(number(None), tone="muted")
     side = outside(value, 0.0) * (1 if key in _HIGHER else -1)
-    return Cell(number(point(value)), note=bounds(value), tone={1: "good", -1: "bad", 0: ""}[side])
+    adjusted = value.get("p_holm")
+    sure = adjusted is None or adjusted < MAX_P
+    note = bounds(value) + (f" p {number(adjusted, 3)}" if adjusted is not None else "")
+    return Cell(number(point(value)), note=note.strip(), tone={1: "good", -1: "bad", 0: ""}[side] if sure else "")
 
 
 def figure(found: Comparison, attribute: str, key: str) -> figures.Figure | None:
