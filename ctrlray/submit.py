@@ -1,0 +1,178 @@
+"""A job on a cluster through Ray's job server: sent with its file, followed, left alone, stopped, sent again.
+
+A run root names a run, and one job at most writes to it: submitting again follows the job that runs, or goes on with what the
+last one left. Nothing but the job file and what `working_dir` holds travels; ctrlray itself is in the cluster's image.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import secrets
+import shlex
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ctrlray import config
+from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.quiet import use_ray_token
+from ctrlray.schema import digest
+
+DETACHED, STOPPED = 130, 143
+"""Exit codes of a follower that was interrupted, and of a job that was stopped."""
+JOB_FILE = "ctrlray-job.yaml"
+_ROOT, _DIGEST = "ctrlray_run_root", "ctrlray_job"
+_LEFT_OUT = (".git", ".venv", "__pycache__", "*.egg-info")
+_STOP_S, _POLL_S = 60.0, 0.5
+Say = Callable[[str], None]
+
+
+class Cluster:
+    """A cluster's job server. Raises ClusterError where none answers."""
+
+    def __init__(self, address: str | None) -> None:
+        use_ray_token()
+        from ray.job_submission import JobSubmissionClient
+
+        try:
+            self._client = JobSubmissionClient(address)
+        except (ConnectionError, RuntimeError) as error:
+            raise ClusterError(
+                f"no job server at {address or 'the address in RAY_ADDRESS'}: {str(error).splitlines()[0]}. Give --address "
+                "http://HEAD:8265, with `ray dashboard cluster.yaml` or a port-forward running where the head is not reached "
+                "directly"
+            ) from error
+
+    def running(self, root: str) -> Any:
+        """Details of the job that writes to a run root; None when there is none."""
+        jobs = [j for j in self._client.list_jobs() if (j.metadata or {}).get(_ROOT) == root]
+        return next((j for j in jobs if not j.status.is_terminal()), None)
+
+    def send(self, job: config.Job, restarts: int, working_dir: Path | None, runtime_env: Mapping[str, Any]) -> str:
+        """Upload and start a job; its submission id."""
+        stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "job"
+            _pack(job, folder, working_dir)
+            sent: str = self._client.submit_job(
+                entrypoint=shlex.join(["python", "-m", "ctrlray", "pipeline", JOB_FILE, "--restarts", str(restarts)]),
+                submission_id=f"{job.name}-{stamp}-{secrets.token_hex(2)}",
+                runtime_env={**runtime_env, "working_dir": str(folder)},
+                metadata={_ROOT: job.root, _DIGEST: _digest(job)},
+            )
+        return sent
+
+    def follow(self, submission: str, write: Say) -> int:
+        """Write a job's log as it comes, to its end; the exit code of its driver."""
+        written = 0
+
+        async def tail() -> None:
+            nonlocal written
+            place = 0
+            async for lines in self._client.tail_job_logs(submission):  # from the start, each time
+                new = lines[max(written - place, 0) :]
+                place += len(lines)
+                written = max(written, place)
+                if new:
+                    write(new)
+
+        while not self._client.get_job_info(submission).status.is_terminal():
+            try:
+                asyncio.run(tail())
+            except RuntimeError as error:  # the connection broke; the job may well go on
+                write(f"\n{error}; following again\n")
+            time.sleep(_POLL_S)
+        return exit_code(self._client.get_job_info(submission))
+
+    def stop(self, submission: str) -> None:
+        """Stop a job and wait until it has ended. Raises ClusterError when it does not."""
+        self._client.stop_job(submission)
+        end = time.monotonic() + _STOP_S
+        while not self._client.get_job_info(submission).status.is_terminal():
+            if time.monotonic() > end:
+                raise ClusterError(f"job {submission} has not ended within {_STOP_S:g} s; see `ray job status {submission}`")
+            time.sleep(_POLL_S)
+
+
+def submit(
+    job: config.Job,
+    cluster: Cluster,
+    say: Say,
+    write: Say,
+    *,
+    restarts: int = 3,
+    working_dir: Path | None = None,
+    runtime_env: Mapping[str, Any] | None = None,
+) -> int:
+    """Send a job, or find the one that runs in its run root, and follow it. Returns the exit code for this process.
+
+    Raises ConfigError without a run root, and when another job writes there.
+    """
+    require_shared(job)
+    found = cluster.running(job.root)
+    if found is not None and found.metadata[_DIGEST] != _digest(job):
+        raise ConfigError(
+            f"job {found.submission_id} with other settings writes to {job.root}; stop it (the same command with --stop), or "
+            "give another run_root"
+        )
+    if found is None:
+        submission = cluster.send(job, restarts, working_dir, runtime_env or {})
+        say(f"submitted {submission}; Ctrl-C leaves it running")
+    else:
+        submission = found.submission_id
+        say(f"following {submission}; Ctrl-C leaves it running")
+    try:
+        return cluster.follow(submission, write)
+    except KeyboardInterrupt:
+        again = shlex.join(["ctrlray", *sys.argv[1:]])
+        say(f"\nleft {submission} running. Follow it again: {again}\nStop it: the same with --stop")
+        return DETACHED
+
+
+def stop(job: config.Job, cluster: Cluster, say: Say) -> int:
+    """Stop the job that writes to a run root; its finished work stays. Raises ConfigError when there is none."""
+    require_shared(job)
+    found = cluster.running(job.root)
+    if found is None:
+        raise ConfigError(f"no job of this cluster writes to {job.root}; `ray job list` shows what runs")
+    cluster.stop(found.submission_id)
+    say(f"stopped {found.submission_id}; the same command without --stop goes on from what is finished")
+    return 0
+
+
+def require_shared(job: config.Job) -> None:
+    """Raise ConfigError where a run would lie in the data directory of whichever node wrote."""
+    if job.run_root is None:
+        raise ConfigError(
+            "run_root is not set: on a cluster it must be a place that all nodes reach, such as --set "
+            f"run_root=s3://bucket/runs/{job.name}, or a path on a file system that they share"
+        )
+
+
+def exit_code(details: Any) -> int:
+    """Of a job that ended: its driver's, 143 where it was stopped, 1 where it failed without a driver's code."""
+    if details.status == "STOPPED":
+        return STOPPED
+    if details.status == "SUCCEEDED":
+        return 0
+    return int(details.driver_exit_code or 1)
+
+
+def _pack(job: config.Job, folder: Path, working_dir: Path | None) -> None:
+    if working_dir is None:
+        folder.mkdir()
+    else:
+        shutil.copytree(working_dir, folder, ignore=shutil.ignore_patterns(*_LEFT_OUT))
+    text = yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (folder / JOB_FILE).write_text(text, encoding="utf-8")
+
+
+def _digest(job: config.Job) -> str:
+    return digest(job.model_dump(mode="json"))
