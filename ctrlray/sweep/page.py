@@ -5,19 +5,16 @@ All three come from `compare`'s values alone.
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
+from ctrlray.pages import asset, environment, policy_hash
 from ctrlray.stages import report_figures as figures
 from ctrlray.stages.report_tables import Cell, Table, bounds, duration, interval, metric_cell, number, outside, point, table
 from ctrlray.sweep.compare import STATISTICS
@@ -80,15 +77,13 @@ def _worded(value: Any) -> str:
 
 def render(found: Comparison) -> str:
     """The page, which needs nothing but a browser."""
-    loader = PackageLoader("ctrlray", "assets")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     plotly_js = Markup(get_plotlyjs())
-    page_js = Markup((resources.files("ctrlray") / "assets" / SCRIPT).read_text(encoding="utf-8"))
+    page_js = Markup(asset(SCRIPT))
     names = attributes_of(found)
-    page = environment.get_template(TEMPLATE).render(
+    page = environment().get_template(TEMPLATE).render(
         found=found,
         names=names,
-        policy=_POLICY + " ".join(map(_hash, (plotly_js, page_js))),
+        policy=_POLICY + " ".join(map(policy_hash, (plotly_js, page_js))),
         plotly_js=plotly_js,
         page_js=page_js,
         overview=overview(found),
@@ -97,10 +92,6 @@ def render(found: Comparison) -> str:
         failed=[v for v in found["variants"] if v["state"] == "failed"],
     )
     return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def overview(found: Comparison) -> Table:
