@@ -77,15 +77,34 @@
     const order = items.map((_, i) => (from + i) % items.length);
     return order.find((i) => !complete(items[i]));
   };
+  // the tab's history keeps a second copy: of a page opened as a file, a browser may start a load with an empty storage of its own
+  const note = () => {
+    try {
+      history.replaceState({ rater, answers }, "");
+    } catch {
+      // too many choices in too little time; the next one takes these along
+    }
+  };
+  const keep = () => {
+    note();
+    write(`answers:${rater}`, answers);
+  };
+  const kept = (name) => {
+    const noted = history.state?.rater === name ? clean(history.state.answers) : {};
+    const stored = clean(read(`answers:${name}`));
+    for (const id of Object.keys(stored)) noted[id] = { ...noted[id], ...stored[id] };
+    return noted;
+  };
   const choose = (item, name, value) => {
     (answers[item.id] ||= {})[name] = value;
-    write(`answers:${rater}`, answers);
+    keep();
     draw();
   };
 
   const begin = (name, focus = true) => {
     rater = name;
-    answers = clean(read(`answers:${rater}`));
+    answers = kept(rater);
+    keep();
     if (!raters().includes(rater)) write("raters", [...raters(), rater]);
     write("last", rater);
     $("who").hidden = true;
@@ -135,7 +154,7 @@
   $("clear").addEventListener("click", () => {
     if (!confirm(`Delete the choices of ${rater} in this browser?`)) return;
     answers = {};
-    write(`answers:${rater}`, answers);
+    keep();
     draw();
     show(0);
   });
@@ -152,7 +171,7 @@
     if (!given || given.study !== study) return warn(`${file.name} is no json file of this study.`);
     const found = clean(given.answers);
     for (const id of Object.keys(found)) answers[id] = { ...found[id], ...answers[id] }; // what was chosen here stays
-    write(`answers:${rater}`, answers);
+    keep();
     warn("");
     draw();
     show(nextOpen(0) ?? at);
@@ -161,6 +180,7 @@
     // the same rater in another tab
     if (rater && event.key === `${prefix}answers:${rater}`) {
       answers = clean(read(`answers:${rater}`));
+      note();
       draw();
     }
   });
@@ -176,6 +196,6 @@
   });
 
   show(0, false);
-  const last = read("last");
+  const last = history.state?.rater ?? read("last");
   if (typeof last === "string" && last) begin(last, false);
 })();

@@ -17,6 +17,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="needs the packag
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
 PHONE = {"width": 390, "height": 844}
+URL = "http://study.test/study.html"
 PATIENCE_MS = 60_000  # a busy machine may freeze a browser for a while
 
 
@@ -39,7 +40,10 @@ def browser():
 
 @pytest.fixture
 def page(browser, folder):
-    """The study's page in a fresh profile; what it reports and what it asks of the network is kept on it."""
+    """The study's page in a fresh profile; what it reports and what it asks of the network is kept on it.
+
+    It has a web address, since two loads of a `file:` do not always get the same storage from Chromium.
+    """
     context = browser.new_context(accept_downloads=True)
     context.set_default_timeout(PATIENCE_MS)
     playwright.expect.set_options(timeout=PATIENCE_MS)
@@ -48,10 +52,11 @@ def page(browser, folder):
     opened.on("console", lambda m: opened.problems.append(m.text) if m.type in ("error", "warning") else None)
     opened.on("pageerror", lambda e: opened.problems.append(str(e)))
     opened.on("request", lambda r: opened.asked.append(r.url))
-    opened.goto((folder / "for_raters" / "study.html").as_uri())
+    context.route(URL, lambda r: r.fulfill(path=folder / "for_raters" / "study.html"))
+    opened.goto(URL)
     yield opened
     assert opened.problems == [] and opened.evaluate("window.hacked") is None
-    assert all(u.startswith(("file:", "blob:")) for u in opened.asked)
+    assert all(u == URL or u.startswith(("file:", "blob:")) for u in opened.asked)
     context.close()
 
 
@@ -72,6 +77,7 @@ def saved(page, button, path):
 
 
 def test_two_pairs_rated_survive_a_reload_and_come_back_as_files(page, folder, tmp_path):
+    page.goto((folder / "for_raters" / "study.html").as_uri())  # as raters get it
     assert not page.locator("article").first.is_visible()  # nothing to rate before there is a name
     start(page, "Ann O'Neil")
     shown = [page.locator("article:visible").get_attribute("id")]
@@ -134,6 +140,21 @@ def test_raters_of_one_browser_do_not_see_each_other(page):
     page.click("#clear")
     page.reload()
     assert page.locator("input:checked:not(#use-keys)").count() == 0
+
+
+def test_a_load_that_finds_an_empty_storage_loses_nothing(page):
+    start(page, "ann")
+    rate(page, "A", "helpfulness")
+    page.evaluate("localStorage.clear()")
+    page.reload()
+    assert page.locator("article:visible input:checked").evaluate_all("all => all.map(i => i.value)") == ["A"]
+    other = page.context.new_page()  # a new tab has nothing but the storage, which has it again
+    other.goto(page.url)
+    assert other.locator("article:visible input:checked").count() == 1
+    page.on("dialog", lambda d: d.accept())
+    page.click("#clear")
+    page.reload()
+    assert page.locator("article:visible input:checked").count() == 0
 
 
 def test_two_windows_of_one_rater_show_the_same(page):
