@@ -7,6 +7,7 @@ last one left. Nothing but the job file and what `working_dir` holds travels; ct
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import secrets
 import shlex
@@ -14,7 +15,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +31,41 @@ DETACHED, STOPPED = 130, 143
 JOB_FILE = "ctrlray-job.yaml"
 _ROOT, _DIGEST = "ctrlray_run_root", "ctrlray_job"
 _LEFT_OUT = (".git", ".venv", "__pycache__", "*.egg-info")
-_STOP_S, _POLL_S = 60.0, 0.5
+_STOP_S, _POLL_S, _AWAY_S = 60.0, 0.5, 120.0
 Say = Callable[[str], None]
 
 
 class Cluster:
-    """A cluster's job server. Raises ClusterError where none answers."""
+    """A cluster's job server. All of it raises ClusterError where none answers."""
 
     def __init__(self, address: str | None) -> None:
         use_ray_token()
+        import aiohttp
+        from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        self._lost = (OSError, RuntimeError, aiohttp.ClientError, AuthenticationError)
+        """What Ray's client raises where a server is not there, refuses, or goes away."""
         try:
             self._client = JobSubmissionClient(address)
-        except (ConnectionError, RuntimeError) as error:
+        except (*self._lost, ValueError) as error:
             raise ClusterError(
-                f"no job server at {address or 'the address in RAY_ADDRESS'}: {str(error).splitlines()[0]}. Give --address "
+                f"no job server at {address or 'the address in RAY_ADDRESS'}: {_first_line(error)}. Give --address "
                 "http://HEAD:8265, with `ray dashboard cluster.yaml` or a port-forward running where the head is not reached "
                 "directly"
             ) from error
 
+    @contextlib.contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except self._lost as error:
+            raise ClusterError(f"the job server did not {what}: {_first_line(error)}. Jobs that run are not touched") from error
+
     def running(self, root: str) -> Any:
         """Details of the job that writes to a run root; None when there is none."""
-        jobs = [j for j in self._client.list_jobs() if (j.metadata or {}).get(_ROOT) == root]
+        with self._asking("list its jobs"):
+            jobs = [j for j in self._client.list_jobs() if (j.metadata or {}).get(_ROOT) == root]
         return next((j for j in jobs if not j.status.is_terminal()), None)
 
     def send(self, job: config.Job, restarts: int, working_dir: Path | None, runtime_env: Mapping[str, Any]) -> str:
@@ -61,44 +74,70 @@ class Cluster:
         with tempfile.TemporaryDirectory() as scratch:
             folder = Path(scratch) / "job"
             _pack(job, folder, working_dir)
-            sent: str = self._client.submit_job(
-                entrypoint=shlex.join(["python", "-m", "ctrlray", "pipeline", JOB_FILE, "--restarts", str(restarts)]),
-                submission_id=f"{job.name}-{stamp}-{secrets.token_hex(2)}",
-                runtime_env={**runtime_env, "working_dir": str(folder)},
-                metadata={_ROOT: job.root, _DIGEST: _digest(job)},
-            )
+            with self._asking("take the job"):
+                sent: str = self._client.submit_job(
+                    entrypoint=shlex.join(["python", "-m", "ctrlray", "pipeline", JOB_FILE, "--restarts", str(restarts)]),
+                    submission_id=f"{job.name}-{stamp}-{secrets.token_hex(2)}",
+                    runtime_env={**runtime_env, "working_dir": str(folder)},
+                    metadata={_ROOT: job.root, _DIGEST: _digest(job)},
+                )
         return sent
 
     def follow(self, submission: str, write: Say) -> int:
-        """Write a job's log as it comes, to its end; the exit code of its driver."""
-        written = 0
+        """Write a job's log as it comes, to its end; the exit code of its driver.
 
-        async def tail() -> None:
-            nonlocal written
-            place = 0
-            async for lines in self._client.tail_job_logs(submission):  # from the start, each time
-                new = lines[max(written - place, 0) :]
-                place += len(lines)
-                written = max(written, place)
-                if new:
-                    write(new)
-
-        while not self._client.get_job_info(submission).status.is_terminal():
+        A server that is lost is looked for again. Raises ClusterError when it stays away.
+        """
+        log, said, seen = _Log(self._client, submission, write), "", time.monotonic()
+        while True:
             try:
-                asyncio.run(tail())
-            except RuntimeError as error:  # the connection broke; the job may well go on
-                write(f"\n{error}; following again\n")
+                details = self._client.get_job_info(submission)
+                if details.status.is_terminal():
+                    return exit_code(details)
+                seen = time.monotonic()
+                asyncio.run(log.tail())
+            except self._lost as error:  # the job may well go on
+                if time.monotonic() - seen > _AWAY_S:
+                    raise ClusterError(
+                        f"the job server has been away for {_AWAY_S:g} s: {_first_line(error)}. {submission} may well run on; "
+                        "the same command follows it again"
+                    ) from error
+                if said != str(error):
+                    said = str(error)
+                    write(f"\n{_first_line(error)}; following again\n")
             time.sleep(_POLL_S)
-        return exit_code(self._client.get_job_info(submission))
 
     def stop(self, submission: str) -> None:
         """Stop a job and wait until it has ended. Raises ClusterError when it does not."""
-        self._client.stop_job(submission)
         end = time.monotonic() + _STOP_S
-        while not self._client.get_job_info(submission).status.is_terminal():
-            if time.monotonic() > end:
-                raise ClusterError(f"job {submission} has not ended within {_STOP_S:g} s; see `ray job status {submission}`")
-            time.sleep(_POLL_S)
+        with self._asking("stop the job"):
+            self._client.stop_job(submission)
+            while not (ended := self._client.get_job_info(submission).status.is_terminal()) and time.monotonic() < end:
+                time.sleep(_POLL_S)
+        if not ended:
+            raise ClusterError(f"job {submission} has not ended within {_STOP_S:g} s; see `ray job status {submission}`")
+
+
+class _Log:
+    """A job's log, of which each line is written once however often it is asked for."""
+
+    def __init__(self, client: Any, submission: str, write: Say) -> None:
+        self._client, self._submission, self._write = client, submission, write
+        self._written = 0
+
+    async def tail(self) -> None:
+        """Write what comes until the job ends or the connection does."""
+        place = 0
+        async for lines in self._client.tail_job_logs(self._submission):  # from the start, each time
+            new = lines[max(self._written - place, 0) :]
+            place += len(lines)
+            self._written = max(self._written, place)
+            if new:
+                self._write(new)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def submit(

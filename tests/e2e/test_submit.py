@@ -45,6 +45,16 @@ def free_ports(count: int) -> list[int]:
         return [s.getsockname()[1] for s in sockets]
 
 
+def await_port(port: int, started: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the job server answers."""
+    end = time.monotonic() + 240
+    while started.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"the job server did not come up: {log.read_text()[-2000:]}")
+
+
 @pytest.fixture(scope="module")
 def head(private_cache: Path) -> Iterator[Head]:
     home = Path(tempfile.mkdtemp(prefix="ctrl", dir="/tmp"))  # short: Ray's sockets lie below it
@@ -61,6 +71,7 @@ def head(private_cache: Path) -> Iterator[Head]:
     with (home / "log").open("wb") as log:
         started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
+        await_port(board, started, home / "log")
         yield Head(f"http://127.0.0.1:{board}", environment)
     finally:
         mine = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
@@ -97,15 +108,6 @@ class Follower:
         return self.process.wait(timeout=timeout_s)
 
 
-def submitting(head: Head) -> Iterator[None]:
-    """Until the job server answers."""
-    for _ in range(120):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", int(head.address.rsplit(":", 1)[1])), 1):
-            return
-        time.sleep(0.5)
-    pytest.fail("the job server did not come up")
-
-
 def drivers(head: Head, run: Path) -> list[psutil.Process]:
     """Driver processes of the job, without their keeper."""
     found = []
@@ -125,7 +127,6 @@ def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny:
     changes = {"rewards": [reward], "prompts.train": 40, "generate.batch_size": 4, "train.epochs": 1}
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(tiny_job(tiny, root, changes)))
-    submitting(head)
 
     first = Follower(head, job)
     first.until(r"^submitted tiny-\d{8}-\d{6}-\w{4}")

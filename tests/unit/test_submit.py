@@ -6,8 +6,11 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
+import aiohttp
 import pytest
+import ray.exceptions
 import ray.job_submission
+import requests
 import yaml
 from click.testing import CliRunner
 from ray.job_submission import JobStatus
@@ -131,6 +134,40 @@ def test_a_broken_connection_repeats_no_line(server):
     assert result.exit_code == 0 and result.stdout == "one\n\nconnection closed; following again\ntwo\n"
 
 
+def test_a_server_that_comes_back_is_followed_on_and_one_that_stays_away_ends_it(server, monkeypatch):
+    answer, asked = server.get_job_info, []
+
+    def away(name, times=3):
+        asked.append(name)
+        if len(asked) <= times:
+            raise requests.exceptions.ConnectionError("no route\nto host")
+        return answer(name)
+
+    monkeypatch.setattr(server, "get_job_info", away)
+    result = run()
+    assert result.exit_code == 0 and result.stdout == "\nno route; following again\none\ntwo\n"
+    monkeypatch.setattr(server, "get_job_info", lambda name: away(name, times=10**9))
+    monkeypatch.setattr(submit, "_AWAY_S", 0.05)
+    monkeypatch.setattr(submit, "_POLL_S", 0.01)
+    server.jobs.clear()
+    result = run()
+    assert result.exit_code == 4 and "has been away for 0.05 s: no route. smoke-" in result.output
+    assert "may well run on; the same command follows it again" in result.output
+
+
+REFUSALS = [ray.exceptions.AuthenticationError("a token is needed"), aiohttp.ClientError("closed"), OSError("x")]
+
+
+@pytest.mark.parametrize("error", REFUSALS)
+def test_what_the_server_refuses_is_said_without_a_traceback(server, monkeypatch, error):
+    def refuse(**given):
+        raise error
+
+    monkeypatch.setattr(server, "submit_job", refuse)
+    result = run()
+    assert result.exit_code == 4 and "error: the job server did not take the job: " in result.output
+
+
 def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(server, monkeypatch):
     monkeypatch.setattr("sys.argv", ["ctrlray", "submit", "my job.yaml"])
     server.log = ["one\n", KeyboardInterrupt()]
@@ -146,6 +183,14 @@ def test_stopping_names_what_was_stopped_or_that_nothing_runs(server):
     server.add("mine", {submit._ROOT: "/shared/run", submit._DIGEST: "whatever"})
     result = run("--stop")
     assert result.exit_code == 0 and "stopped mine" in result.stderr and server.jobs["mine"].status == JobStatus.STOPPED
+
+
+def test_a_job_that_will_not_stop_is_named(server, monkeypatch):
+    monkeypatch.setattr(server, "stop_job", lambda name: None)
+    monkeypatch.setattr(submit, "_STOP_S", 0.05)
+    server.add("mine", {submit._ROOT: "/shared/run", submit._DIGEST: "whatever"})
+    result = run("--stop")
+    assert result.exit_code == 4 and "job mine has not ended within 0.05 s; see `ray job status mine`" in result.output
 
 
 def test_a_run_root_is_asked_for_before_anything_is_sent():
