@@ -242,9 +242,10 @@ class _Loop:
         from ctrlray.train.models import trained_state
 
         with self.trainer.gathered() as policy:
-            if self.rank == 0:
-                state, card = trained_state(policy, self.task.settings.lora, self.task.control_ids)
-                write_weights(self.task.out, version, state, card)
+            if self.rank != 0:
+                return
+            state, card = trained_state(policy, self.task.settings.lora, self.task.control_ids)
+        write_weights(self.task.out, version, state, card)
 
     def _write_results(self) -> None:
         from ctrlray.train.worker import write_tensorboard
