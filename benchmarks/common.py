@@ -27,7 +27,7 @@ def middle(values: Sequence[float]) -> tuple[float, list[float]]:
 def store(name: str, figures: Sequence[dict[str, Any]], **extra: Any) -> Path:
     """Write `benchmarks/results/<name>.json`."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    facts = {"cpu": _cpu(), **machine()}
+    facts = {"cpu": cpu(), **machine()}
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"commit": commit, "machine": facts, "versions": versions(), "figures": list(figures), **extra}
@@ -35,6 +35,7 @@ def store(name: str, figures: Sequence[dict[str, Any]], **extra: Any) -> Path:
     return path
 
 
-def _cpu() -> str:
+def cpu() -> str:
+    """The processor by its name."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")

@@ -568,6 +568,22 @@ def _doctor() -> None:
     sys.exit(1 if any(c.state == "error" for c in found) else 0)
 
 
+_BENCH_TEXT = """Measure ctrlray beside its peers: generation, scoring, training, PPO, serving, the whole pipeline.
+
+Runs what fits this machine, or the benchmarks named; prints ratios and stores them as JSON. Needs a clone of the repository."""
+_BENCH = "ctrlray bench --list\nctrlray bench generation pipeline"
+
+
+@_command(main, "bench", _BENCH_TEXT, _BENCH)
+@click.option("--list", "lists", is_flag=True, help="Say what fits this machine and how long it takes; start nothing.")
+@click.argument("names", nargs=-1)
+def _bench(names: tuple[str, ...], lists: bool) -> None:
+    from ctrlray import bench
+
+    with _readable_errors():
+        sys.exit(bench.run(names, lists))
+
+
 @main.group("runs")
 def _runs() -> None:
     """Runs on storage. NAME is a run's name in the user's data directory, a path, or a URI."""
