@@ -10,7 +10,7 @@ TORCH := --torch-backend cpu
 endif
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart smoke test soak unit lint format setup requirements clean
+.PHONY: quickstart smoke test soak unit lint format docs setup requirements clean
 
 quickstart: .venv/.ready
 	$(BIN)/ctrlray pipeline
@@ -42,6 +42,11 @@ lint: .venv/.ready
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .
+
+# the site, into site/; strict: a broken link or a page without a place fails
+docs: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 requirements:
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --group dev --no-header --no-annotate --python-version 3.11 $(TORCH) -q -o requirements/cpu.txt

@@ -26,7 +26,11 @@ from ctrlray.sweep.plan import Sweep
 PACKAGE = Path(jobs.__file__).parent
 Schema = Mapping[str, Any]
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-_LOADED = re.compile(r"""<(?:script|img|iframe|source)[^>]+src=["']?(?:https?:)?//|<link[^>]+rel=["']?(?:stylesheet|preconnect)["']?[^>]+(?:https?:)?//""")
+_ELSEWHERE = r"""["']?(?:https?:)?//"""
+_LOADED = re.compile(
+    rf"<(?:script|img|iframe|source)[^>]+src={_ELSEWHERE}"
+    rf"""|<link[^>]+rel=["']?(?:stylesheet|preconnect)["']?[^>]+href={_ELSEWHERE}"""
+)
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -155,7 +159,8 @@ def _cell(text: str) -> str:
 
 def python() -> str:
     """Modules with what their docstrings say, and the stages' functions."""
-    lines = ["# Python", "", "Each module by its own words. The functions of `ctrlray.stages` are the stages themselves, over tables.", ""]
+    head = "Each module by its own words. The functions of `ctrlray.stages` are the stages themselves, over tables."
+    lines = ["# Python", "", head, ""]
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(("ctrlray", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -173,7 +178,10 @@ def _members(tree: ast.Module) -> list[str]:
     """Public functions and classes, with the first sentence of each."""
     found = []
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_") and (text := ast.get_docstring(node)):
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if text := ast.get_docstring(node):
             arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
-            found.append(f"- `{node.name}{arguments}`: {html.escape(text.split(chr(10) * 2)[0].replace(chr(10), ' '), quote=False)}")
+            first = " ".join(text.split("\n\n")[0].split())
+            found.append(f"- `{node.name}{arguments}`: {html.escape(first, quote=False)}")
     return found
