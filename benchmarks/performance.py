@@ -21,10 +21,13 @@ the same run, in alternating order, with the same model, inputs, dtype and threa
 are least and greatest. Recorded figures have no target.
 
 ```console
-ctrlray bench --list                 # what fits this machine, and how long it takes
-ctrlray bench                        # runs those, prints ratios, stores JSON, writes this page
-ctrlray bench generation pipeline    # some of them
+ctrlray bench --list
+ctrlray bench
+ctrlray bench generation pipeline
 ```
+
+The first says what fits this machine and how long it takes; the second runs that, prints the figures, stores them as JSON and
+writes this page; the third runs some only.
 
 It needs a clone of the repository: peers, scripts and stored results are no part of the package. TRL, the peer of two of them,
 comes with `uv pip install --group benchmark`.

@@ -66,7 +66,7 @@ def _command(name: str, command: click.Command) -> list[str]:
     context = click.Context(command, info_name=name)
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     rows = [record for p in command.params if isinstance(p, click.Option) and (record := p.get_help_record(context))]
-    options = ["| option | |", "|---|---|", *(f"| `{_cell(o)}` | {_cell(text)} |" for o, text in rows), ""] if rows else []
+    options = ["| option | |", "|---|---|", *(f"| <code>{_cell(o)}</code> | {_cell(text)} |" for o, text in rows), ""] if rows else []
     examples = getattr(command, "examples", "")
     shown = ["```console", examples, "```", ""] if examples else []
     return [f"## {name}", "", command.help or "", "", "```text", usage, "```", "", *options, *shown]
@@ -103,10 +103,11 @@ def _defined(kind: type[jobs.Frozen]) -> dict[str, Schema]:
 
 
 def _table(schema: Schema, every: Mapping[str, Schema], elsewhere: frozenset[str]) -> list[str]:
-    rows = ["| setting | value | default | |", "|---|---|---|---|"]
+    rows = ["| setting | | value |", "|---|---|---|"]
     for name, field in schema["properties"].items():
-        default = _default(field, every) if name not in schema.get("required", ()) else "*required*"
-        rows.append(f"| `{name}` | {_kind(field, elsewhere)} | {default} | {_cell(_words(field, every, own=True))} |")
+        default = "**required**" if name in schema.get("required", ()) else f"default: {_default(field, every)}"
+        kind = "" if "const" in field else f"{_kind(field, elsewhere)}<br>"
+        rows.append(f"| `{name}` | {_cell(_words(field, every, own=True))} | {kind}{default} |")
     return rows
 
 
@@ -134,7 +135,7 @@ def _kind(field: Schema, elsewhere: frozenset[str]) -> str:
         values = field.get("additionalProperties")
         return "mapping" + (f" to {_kind(values, elsewhere)}" if isinstance(values, Mapping) else "")
     limits = " ".join(f"{sign} {field[key]:g}" for key, sign in _LIMITS.items() if key in field)
-    return f"{field.get('type', 'anything')} {limits}".strip()
+    return f"{field.get('type', 'anything').replace('null', 'unset')} {limits}".strip()
 
 
 def _default(field: Schema, every: Mapping[str, Schema]) -> str:
@@ -154,7 +155,7 @@ def _name(field: Schema) -> str:
 
 
 def _cell(text: str) -> str:
-    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")
+    return _text(" ".join(text.split())).replace("|", "&#124;")
 
 
 def python() -> str:
@@ -170,8 +171,15 @@ def python() -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """A docstring as Markdown; what looks like a tag is text."""
-    return "\n".join(line if line.startswith("    ") else html.escape(line, quote=False) for line in text.splitlines())
+    """A docstring as Markdown: paragraphs with indented lines as they stand, the others as text."""
+    parts = text.split("\n\n")
+    drawn = [any(line.startswith(" ") for line in part.splitlines()) for part in parts]
+    return "\n\n".join(f"```text\n{p}\n```" if d else _text(p) for p, d in zip(parts, drawn, strict=True))
+
+
+def _text(text: str) -> str:
+    """What looks like a tag is text, but within backticks, where Markdown sees to that."""
+    return "`".join(part if i % 2 else html.escape(part, quote=False) for i, part in enumerate(text.split("`")))
 
 
 def _members(tree: ast.Module) -> list[str]:
@@ -183,5 +191,5 @@ def _members(tree: ast.Module) -> list[str]:
         if text := ast.get_docstring(node):
             arguments = f"({ast.unparse(node.args)})" if isinstance(node, ast.FunctionDef) else ""
             first = " ".join(text.split("\n\n")[0].split())
-            found.append(f"- `{node.name}{arguments}`: {html.escape(first, quote=False)}")
+            found.append(f"- `{node.name}{arguments}`: {_text(first)}")
     return found
