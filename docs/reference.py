@@ -25,6 +25,8 @@ from ctrlray.sweep.plan import Sweep
 
 PACKAGE = Path(jobs.__file__).parent
 Schema = Mapping[str, Any]
+_MOST = 60
+"""Characters of a default that is shown in full; of a longer one its types and names."""
 _LIMITS = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
 _ELSEWHERE = r"""["']?(?:https?:)?//"""
 _LOADED = re.compile(
@@ -66,7 +68,8 @@ def _command(name: str, command: click.Command) -> list[str]:
     context = click.Context(command, info_name=name)
     usage = " ".join([name, *command.collect_usage_pieces(context)])
     rows = [record for p in command.params if isinstance(p, click.Option) and (record := p.get_help_record(context))]
-    options = ["| option | |", "|---|---|", *(f"| <code>{_cell(o)}</code> | {_cell(text)} |" for o, text in rows), ""] if rows else []
+    table = [f"| <code>{_cell(option)}</code> | {_cell(text)} |" for option, text in rows]
+    options = ["| option | |", "|---|---|", *table, ""] if rows else []
     examples = getattr(command, "examples", "")
     shown = ["```console", examples, "```", ""] if examples else []
     return [f"## {name}", "", command.help or "", "", "```text", usage, "```", "", *options, *shown]
@@ -145,9 +148,13 @@ def _default(field: Schema, every: Mapping[str, Schema]) -> str:
         own = every[_name(field)]["properties"]
         value = {k: v for k, v in value.items() if v != own[k].get("default") and not isinstance(v, dict | list)}
         return f"`{json.dumps(value)}`" if value else "its own"
-    if isinstance(value, list) and len(json.dumps(value)) > 60:
-        value = [{k: v for k, v in item.items() if k in ("type", "name")} if isinstance(item, dict) else item for item in value]
+    if len(json.dumps(value)) > _MOST:
+        value = [_brief(item) for item in value] if isinstance(value, list) else _brief(value)
     return "unset" if value is None else f"`{json.dumps(value)}`"
+
+
+def _brief(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k in ("type", "name")} if isinstance(value, dict) else value
 
 
 def _name(field: Schema) -> str:
@@ -171,9 +178,9 @@ def python() -> str:
 
 
 def _paragraphs(text: str) -> str:
-    """A docstring as Markdown: paragraphs with indented lines as they stand, the others as text."""
+    """A docstring as Markdown: paragraphs with drawings or code as they stand, the others as text."""
     parts = text.split("\n\n")
-    drawn = [any(line.startswith(" ") for line in part.splitlines()) for part in parts]
+    drawn = [any(re.search(r"^ |\S {3,}\S", line) for line in part.splitlines()) for part in parts]
     return "\n\n".join(f"```text\n{p}\n```" if d else _text(p) for p, d in zip(parts, drawn, strict=True))
 
 
