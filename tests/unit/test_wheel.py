@@ -81,6 +81,13 @@ def test_it_plans_for_a_cluster_file_of_one_s_own(environment, tmp_path):
     assert made["job"] == "hh-llama2-7b" and made["total"]["dollars"] > 1
 
 
+def test_without_a_clone_it_says_where_benchmarks_are(environment, tmp_path):
+    command = [environment / "bin" / "ctrlray", "bench", "--list"]
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "clone the repository and run `ctrlray bench`" in done.stderr and "Traceback" not in done.stderr
+
+
 def test_the_quickstart_begins_with_the_prompts_inside(environment, tmp_path):
     said = ctrlray(environment, tmp_path, "prompts", "quickstart", "--set", f"run_root={tmp_path}/run")
     assert "256/256 rows" in said and len(list(tmp_path.glob("run/prompts/*/prompts"))) == 1

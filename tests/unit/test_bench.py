@@ -1,0 +1,105 @@
+"""`ctrlray bench`: where it finds benchmarks, what it leaves out and why, what it makes of results."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import __main__ as runner
+from benchmarks import performance, pipeline, registry, scoring
+from benchmarks.common import figure
+from ctrlray import bench
+from ctrlray.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_a_clone_is_found_beside_the_package_or_where_one_stands(tmp_path, monkeypatch):
+    assert bench.clone() == ROOT
+    monkeypatch.chdir(ROOT)
+    assert bench.clone(tmp_path) == ROOT
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="clone the repository"):
+        bench.clone(tmp_path)
+
+
+def test_the_list_names_each_with_its_peer_and_starts_nothing():
+    said = subprocess.run([sys.executable, "-m", "ctrlray", "bench", "--list"], capture_output=True, text=True, check=True).stdout
+    assert said.startswith("machine: ") and "cores" in said
+    for name in ("generation", "scoring", "training", "ppo", "pipeline"):
+        assert any(line.startswith(f"{name} ") for line in said.splitlines()), name
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no benchmark 'nix'; there are generation, "):
+        registry.chosen(["nix"])
+
+
+def test_what_a_machine_lacks_is_said(monkeypatch):
+    absent = registry.Benchmark("training", "Training", "TRL", 1, package="no-such-package")
+    assert "no-such-package is not installed" in registry.lacks(absent)
+    monkeypatch.setattr(registry.os, "cpu_count", lambda: 1)
+    assert registry.lacks(registry.Benchmark("pipeline", "", "", 1)).startswith("1 cores")
+
+
+def test_every_registered_script_that_exists_takes_its_arguments():
+    for benchmark in registry.chosen([]):
+        source = (registry.FOLDER / f"{benchmark.module or benchmark.name}.py").read_text(encoding="utf-8")
+        assert all(f'"{word}"' in source for word in benchmark.arguments), benchmark.name
+        assert f'store("{benchmark.name}"' in source, "results are not where the page looks for them"
+
+
+def test_a_failed_benchmark_makes_the_exit_code_and_no_page(monkeypatch, capsys):
+    monkeypatch.setattr(performance, "write", lambda: pytest.fail("nothing was measured"))
+    broken = registry.Benchmark("broken", "Broken", "", 1, module="no_such_script")
+    monkeypatch.setattr(runner, "lacks", lambda benchmark: "")
+    assert runner.run([broken]) == 1
+    assert "failed: broken" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_left_out_with_its_reason(monkeypatch, capsys):
+    monkeypatch.setattr(runner, "lacks", lambda benchmark: "no NVIDIA GPU")
+    assert runner.run([registry.ALL[0]]) == 0
+    assert "left out, no NVIDIA GPU" in capsys.readouterr().out
+
+
+def test_the_page_shows_target_measured_spread_and_verdict():
+    facts = {"cpu": "Chip", "cores": "2", "memory": "4 GiB", "bfloat16": "native"}
+    judged = [figure("ratio", ">= 1", 1.25, True, [1.0, 1.5]), figure("share", "<= 0.1", 0.2, False)]
+    figures = [*judged, figure("rate", "recorded", 7, None)]
+    page = performance.page({"scoring": {"commit": "abc", "machine": facts, "versions": {"ray": "2"}, "figures": figures}})
+    assert "| Scoring | ratio | >= 1 | 1.25 [1, 1.5] | met |" in page
+    assert "| Scoring | share | <= 0.1 | 0.2 | **not met** |" in page
+    assert "| rate | recorded | 7 |  |" in page and "| Scoring | rate |" not in page
+
+
+def test_the_share_outside_counts_everything_that_is_not_useful():
+    parts = {"sampling": 60.0, "optimizer steps": 20.0, "export": 15.0, "imports, start and end of Ray": 5.0}
+    run = {"wall": 100.0, "parts": dict.fromkeys(pipeline.USEFUL, 0.0) | parts}
+    (share, wall, *rest) = pipeline.figures([run])
+    assert share["measured"] == pytest.approx(0.2) and share["met"] is False and wall["measured"] == 100
+    assert [f["name"] for f in rest if "outside" in f["name"]] == [
+        "seconds, outside: export",
+        "seconds, outside: imports, start and end of Ray",
+    ]
+
+
+def test_the_first_block_began_one_block_before_it_ended():
+    assert pipeline.first_block([10.0, 14.0, 18.0]) == 6.0
+
+
+def test_scores_that_differ_do_not_count_as_the_same_work():
+    same = {"rate": 10.0, "scores": {"a": [0.0, 1.0, 2.0]}}
+    other = {"rate": 5.0, "scores": {"a": [0.5, 1.5, 2.5]}}
+    ratio, apart, *_ = scoring.figures({"ctrlray": [same], "loop": [other]})
+    assert ratio["measured"] == 2 and ratio["met"] and not apart["met"]
+    assert scoring.figures({"ctrlray": [same], "loop": [same]})[1]["met"]
+
+
+def test_a_clock_does_not_count_the_first_block():
+    clock = scoring.Clock()
+    clock.blocks = [(5.0, 64), (7.0, 64), (9.0, 32)]
+    assert clock.rate == 24.0
