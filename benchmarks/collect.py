@@ -15,7 +15,7 @@ HEADS = RESULTS.parents[1] / "ctrlray" / "assets" / "heads" / "smollm2-hh.json"
 PARTS = {
     "A": ("quickstart", "generation", "ranks"),
     "C": ("training", "training_gpu", "toys", "reward_model"),
-    "D": ("ppo", "toys_ppo"),
+    "D": ("ppo_dial", "ppo", "toys_ppo"),
 }
 MAX_BETWEEN, MAX_LENGTH = 0.5, 0.3
 AIMS = {"A": {"helpfulness": 0.70, "harmlessness": 0.70}, "C": {"helpfulness": 0.70, "harmlessness": 0.66}}

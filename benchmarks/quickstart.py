@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.common import figure, store
 from ctrlray import config, schema
-from ctrlray.metrics import code_gap, evaluate_grid
+from ctrlray.metrics.control import code_gap
+from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.pipeline import STAGES, Run
 from ctrlray.reporting import code_gaps
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from benchmarks.toy_world import ASSISTANT, ATTRIBUTES, END, LENGTH, NUM_WORDS, PAD, ToyWorld, favourite_share, rewards
 from ctrlray import config, schema
 from ctrlray.distill import Distilled, distill
-from ctrlray.metrics import evaluate_grid
+from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.schema import Message
 from ctrlray.train.batches import TrainExample, collate, epoch_steps, load_example, tree_rows
 from ctrlray.train.models import Learner

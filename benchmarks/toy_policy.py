@@ -33,7 +33,6 @@ from ctrlray.train.ppo.rollouts import ROLLOUTS, Producer, Prompts, part
 
 SAMPLING = config.Sampling(max_tokens=LENGTH + 6, temperature=1.0, min_p=0.0)
 """What `sample` does."""
-SUPPRESSED = -100.0
 Point = dict[str, float]
 
 
@@ -77,11 +76,10 @@ def reinforced(bench: ToyBench, objective: config.PPO, start: LlamaForCausalLM) 
     with tempfile.TemporaryDirectory() as scratch:
         folder, out = str(Path(scratch) / "start"), Storage(str(Path(scratch) / "out"))
         start.save_pretrained(folder)
+        codes = range(NUM_WORDS, start.config.vocab_size)
         with torch.random.fork_rng():
             torch.manual_seed(world.seed)
-            policy = load_policy(folder, objective, job.train, (), "float32", "cpu")
-        for network in (policy.network, policy.reference):
-            _suppress_control_tokens(network)
+            policy = load_policy(folder, objective, job.train, codes, "float32", "cpu")
         engines, learner, curves = ToyEngines(policy.network, own, world.seed), _Learner(policy, job), []
         producer = _producer(bench, job, objective, engines, out)
         for step in range(objective.steps):
@@ -114,13 +112,6 @@ def _producer(bench: ToyBench, job: config.Job, objective: config.PPO, engines: 
     order = Prompts(rows, world.space, cast(Any, world), objective, CONTEXT, job.seed)  # the world renders
     rewards = ToyRewards(job.rewards[0])
     return Producer(order, chats, job, objective, bench.distilled.levels, cast(Any, engines), cast(Any, rewards), out)
-
-
-def _suppress_control_tokens(network: LlamaForCausalLM) -> None:
-    """Never an output, as in a prepared base. What is never sampled is never punished, and would gather what others lose."""
-    held_down = torch.zeros(network.config.vocab_size)
-    held_down[NUM_WORDS:] = SUPPRESSED
-    network.lm_head.register_forward_hook(lambda module, given, logits: logits + held_down)
 
 
 class _Learner:

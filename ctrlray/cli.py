@@ -131,14 +131,19 @@ def main() -> None:
 
 
 def _run(stages: Sequence[str], job: str | None, overrides: Sequence[str], dry_run: bool, debug: bool) -> None:
-    try:
+    with _errors(debug):
         loaded = load_job(job, overrides)
         if dry_run:
             _print_plan(loaded)
             return
         _run_stages(loaded, stages)
-    except CtrlRayError as error:
-        _fail(error, debug)
+
+
+@contextlib.contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Errors and Ctrl-C of a run, in words and as an exit code."""
+    try:
+        yield
     except KeyboardInterrupt:
         click.echo("\nstopped; what is finished is kept, and the same command goes on from there", err=True)
         sys.exit(130)
@@ -253,6 +258,44 @@ def _export(levels: tuple[str, ...], job: str | None, overrides: tuple[str, ...]
             raise click.BadParameter(f"{text!r}; write it as safety=2..3", param_hint="--levels")
         ranges.append(f"export.levels.{found[1]}=[{found[2]}, {found[3]}]")
     _run(["export"], job, (*overrides, *ranges), dry_run, debug)
+
+
+_SWEEP_TEXT = """Run variants of one job on shared answers and scores, and compare them.
+
+FILE names a job, its variants and the base that they are compared with. What is finished is kept: the same command goes on
+after a kill. A variant that fails does not stop the others; the exit code is then 1."""
+_SWEEP = (
+    "ctrlray sweep jobs/ablation/sweep.yaml --dry-run\n"
+    "ctrlray sweep jobs/ablation/sweep.yaml\n"
+    "ctrlray sweep sweep.yaml --set parallel=4 --set set.prompts.train=200"
+)
+
+
+@_command(main, "sweep", _SWEEP_TEXT, _SWEEP)
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the sweep file; repeatable.")
+@click.option("--dry-run", is_flag=True, help="Say what each variant would share and do, and why; start nothing.")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+def _sweep(file: Path, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+    from ctrlray.sweep import command
+    from ctrlray.sweep.plan import load
+
+    with _errors(debug):
+        if dry_run:
+            click.echo("\n".join(command.describe(load(file, overrides))))
+        elif not command.sweep(file, overrides, click.echo):
+            sys.exit(1)
+
+
+@main.command("part", hidden=True)
+@click.argument("job")
+@click.argument("stages", nargs=-1)
+def _part(job: str, stages: tuple[str, ...]) -> None:
+    """Some stages of a job, for as long as the process lives that started this one."""
+    from ctrlray.sweep.children import end_with_parent
+
+    end_with_parent(_kill_children)
+    _run(stages, job, (), False, False)
 
 
 @main.group("models")
@@ -436,6 +479,31 @@ def _runs_show(name: str) -> None:
             click.echo(line)
         if left := runs.stale(storage):
             click.echo(f"\n{len(left)} outputs of other settings; `ctrlray runs clean {name}` deletes them")
+
+
+_COST = "ctrlray runs cost quickstart\nctrlray runs cost quickstart --params 7e9 --rows 100000 --speedup 400 --json cost.json"
+
+
+@_command(_runs, "cost", "Show what each stage of a run cost, and project it to another size.", _COST)
+@click.argument("name", shell_complete=_complete_run)
+@click.option("--params", type=float, help="Project to a model of so many parameters.")
+@click.option("--rows", type=int, help="Project to so many sampled answers.")
+@click.option("--speedup", type=float, default=1.0, help="Project to devices so many times as fast.")
+@click.option("--run-params", type=float, help="Parameters of the run's own model, where it is not on this machine.")
+@click.option("--json", "file", type=click.Path(dir_okay=False, path_type=Path), help="Write all of it to a JSON file too.")
+def _runs_cost(
+    name: str, params: float | None, rows: int | None, speedup: float, run_params: float | None, file: Path | None
+) -> None:
+    import json
+
+    from ctrlray import runs
+    from ctrlray.cost import lines
+
+    with _readable_errors():
+        found = runs.cost(runs.locate(name), params, rows, speedup, run_params)
+        click.echo("\n".join(lines(found)))
+        if file:
+            file.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 @_command(_runs, "clean", "Delete what a run's job no longer refers to, or the whole run.", "ctrlray runs clean quickstart")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from ctrlray.errors import ConfigError
 
@@ -621,11 +621,23 @@ class WandBTracker(Frozen):
 Tracker = Annotated[MLflowTracker | WandBTracker, Field(discriminator="type")]
 
 
+def _root(value: str) -> str:
+    if "://" not in value and not Path(value).expanduser().is_absolute():
+        raise ValueError(f"run_root={value!r} is relative; give an absolute path or a URI such as s3://bucket/run")
+    if re.match(r"\w+://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
+        raise ValueError("run_root holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, ...) instead")
+    return value
+
+
+Root = Annotated[str, AfterValidator(_root)]
+"""Absolute path or URI of a folder."""
+
+
 class Job(Frozen):
     """Everything that a run is made of."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-    run_root: str | None = None
+    run_root: Root | None = None
     """Absolute path or URI (s3://, gs://) of the run; the user's data directory when unset."""
     seed: int = 0
     model: Model = Model()
@@ -641,15 +653,6 @@ class Job(Frozen):
     cluster: Cluster = Cluster()
     trackers: tuple[Tracker, ...] = ()
     """Services that curves and results are sent to, beside the TensorBoard files that training writes."""
-
-    @field_validator("run_root")
-    @classmethod
-    def _absolute(cls, value: str | None) -> str | None:
-        if value is not None and "://" not in value and not Path(value).expanduser().is_absolute():
-            raise ValueError(f"run_root={value!r} is relative; give an absolute path or a URI such as s3://bucket/run")
-        if value is not None and re.match(r"\w+://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
-            raise ValueError("run_root holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, ...) instead")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Job:
@@ -720,9 +723,12 @@ class Job(Frozen):
     @property
     def root(self) -> str:
         """Absolute path or URI of the run."""
-        if self.run_root is None:
-            return str(data_home() / "runs" / self.name)
-        return self.run_root if "://" in self.run_root else str(Path(self.run_root).expanduser())
+        return place(self.run_root) if self.run_root else str(data_home() / "runs" / self.name)
+
+
+def place(root: str) -> str:
+    """A root as storage takes it: `~` is the user's home."""
+    return root if "://" in root else str(Path(root).expanduser())
 
 
 def data_home() -> Path:
@@ -746,7 +752,7 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
 
     `overrides` are `a.b=c` assignments; values are YAML. Raises ConfigError with field, value and next step.
     """
-    path = _find(source or QUICKSTART)
+    path = find_job(source or QUICKSTART)
     return parse(Job, read_job(path, overrides), where=str(path))
 
 
@@ -795,7 +801,8 @@ def parse(kind: type[T], raw: Mapping[str, Any], *, where: str) -> T:
         raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
 
 
-def _find(source: str | Path) -> Path:
+def find_job(source: str | Path) -> Path:
+    """The file of a packaged job, or the path itself; ConfigError when there is neither."""
     packaged = packaged_jobs()
     if str(source) in packaged:
         return packaged[str(source)]
@@ -814,33 +821,38 @@ def assign(raw: dict[str, Any], assignment: str) -> None:
     key, sep, text = assignment.partition("=")
     if not sep or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"--set {assignment!r}: write it as a.b=value, for example train.epochs=3")
-    *parents, last = key.split(".")
-    node: Any = raw
-    for part in parents:
-        node = _descend(node, part, key)
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not YAML ({' '.join(str(error).split())}); quote or close it") from error
+    put(raw, key, value, f"--set {key}")
+
+
+def put(raw: dict[str, Any], key: str, value: Any, where: str) -> None:
+    """Put a value at `a.b` of a job's settings; ConfigError, which begins with `where`, when there is no such place."""
+    *parents, last = key.split(".")
+    node: Any = raw
+    for part in parents:
+        node = _descend(node, part, where)
     if isinstance(node, list):
-        node[_index(node, last, key)] = value
+        node[_index(node, last, where)] = value
     elif isinstance(node, dict):
         node[last] = value
     else:
-        raise ConfigError(f"--set {key}: {'.'.join(parents)} is not a mapping; set it as a whole")
+        raise ConfigError(f"{where}: {'.'.join(parents)} is not a mapping; set it as a whole")
 
 
-def _index(node: list[Any], part: str, key: str) -> int:
+def _index(node: list[Any], part: str, where: str) -> int:
     if not part.isdecimal() or int(part) >= len(node):
-        raise ConfigError(f"--set {key}: {part!r} is no place in a list of {len(node)}, counted from 0; set the list as a whole")
+        raise ConfigError(f"{where}: {part!r} is no place in a list of {len(node)}, counted from 0; set the list as a whole")
     return int(part)
 
 
-def _descend(node: Any, part: str, key: str) -> Any:
+def _descend(node: Any, part: str, where: str) -> Any:
     if isinstance(node, list):
-        return node[_index(node, part, key)]
+        return node[_index(node, part, where)]
     if not isinstance(node, dict):
-        raise ConfigError(f"--set {key}: {part!r} lies under a value that is not a mapping")
+        raise ConfigError(f"{where}: {part!r} lies under a value that is not a mapping")
     if not isinstance(node.get(part), dict | list):
         node[part] = {}
     return node[part]

@@ -27,6 +27,7 @@ import pyarrow as pa
 import yaml
 
 from ctrlray import __version__, config, models, placement, schema
+from ctrlray.clock import Clock
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.lease import Lease
@@ -36,7 +37,7 @@ from ctrlray.tables import Storage
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
-_UPSTREAM: Mapping[str, tuple[str, ...]] = {
+UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "prompts": (),
     "generate": ("prompts",),
     "score": ("generate",),
@@ -80,7 +81,7 @@ class Run:
         """Every stage's key."""
         made: dict[str, str] = {}
         for stage in STAGES:
-            made[stage] = schema.digest(stage, schema.VERSION, self._settings(stage), [made[u] for u in _UPSTREAM[stage]])
+            made[stage] = schema.digest(stage, schema.VERSION, self._settings(stage), [made[u] for u in UPSTREAM[stage]])
         return made
 
     def out(self, stage: str) -> Storage:
@@ -143,24 +144,20 @@ class Run:
 
     def changes(self) -> list[str]:
         """Settings that differ from those of the last run at this root, as `a.b: old -> new`."""
-        if self.previous is None:
-            return []
-        old, new = (_flat(r.job.model_dump(mode="json")) for r in (self.previous, self))
-        moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-        return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
+        return differences(self.previous.job, self.job) if self.previous else []
 
     def state(self, stage: str) -> str:
         """Whether a stage is finished, and if not, why it has to run."""
         if self.result(stage) is not None:
             return "finished"
-        if waiting := [u for u in _UPSTREAM[stage] if self.result(u) is None]:
+        if waiting := [u for u in UPSTREAM[stage] if self.result(u) is None]:
             return f"follows {waiting[0]}"
         before = self.previous
         if before is None or not before.out(stage).exists():
             return "never ran"
         if before.keys[stage] == self.keys[stage]:
             return "cut off: goes on"
-        moved = [u for u in _UPSTREAM[stage] if before.keys[u] != self.keys[u]]
+        moved = [u for u in UPSTREAM[stage] if before.keys[u] != self.keys[u]]
         return f"new output of {moved[0]}" if moved else "settings or data changed"
 
     def content(self, source: config.PromptSource) -> str:
@@ -187,7 +184,9 @@ class Run:
                 return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]
             case "generate":
                 wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
-                return [wanted, model, _model_stamp(job.model), control, job.seed]
+                # not the control space: answers are sampled without codes, and its tokens cannot be sampled. Where a prompt
+                # spells a code out, spaces differ in whether a zero-width space keeps it from being read as one.
+                return [wanted, model, _model_stamp(job.model), job.seed]
             case "score":
                 pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
@@ -227,16 +226,17 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     if current.result(stage) is not None:
         progress.note("finished before, unchanged")
         return
-    for needed in _UPSTREAM[stage]:
+    for needed in UPSTREAM[stage]:
         if current.result(needed) is None:
             raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
     if stage in _ON_RAY:
         start_ray(current.job.cluster)
         _await_fit(current.job, progress)
     began = time.time()
-    result = _RUNNERS[stage](current, Tracked(progress, trackers, stage)).check(stage)
+    with Clock(progress, current.out(stage)) as clock:
+        result = _RUNNERS[stage](current, Tracked(clock, trackers, stage)).check(stage)
     record = result.to_dict() | {
-        "seconds": round(time.time() - began, 1),
+        "seconds": round(clock.seconds, 1),
         "started": _stamp(began),
         "key": current.keys[stage],
     }
@@ -284,7 +284,7 @@ def _await_fit(job: config.Job, progress: Progress) -> None:
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
     try:
-        while (problem := placement.misfit(job, groups, _nodes(), shape)) is not None:
+        while (problem := placement.misfit(job, groups, nodes(), shape)) is not None:
             if time.monotonic() >= end:
                 waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
                 raise ClusterError(problem + waited)
@@ -298,7 +298,8 @@ def _await_fit(job: config.Job, progress: Progress) -> None:
             request_resources(bundles=[])  # and what the stages of an admitted one reserve keeps its nodes
 
 
-def _nodes() -> list[placement.Node]:
+def nodes() -> list[placement.Node]:
+    """Logical resources of the nodes that are alive."""
     import ray
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
@@ -481,6 +482,13 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
         pairs = value.items() if isinstance(value, dict) else enumerate(value)
         return {k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()}
     return {path: value}
+
+
+def differences(before: config.Job, after: config.Job) -> list[str]:
+    """Settings in which two jobs differ, as `a.b: old -> new`."""
+    old, new = (_flat(j.model_dump(mode="json")) for j in (before, after))
+    moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
+    return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
 
 
 def _model_stamp(model: config.Model) -> str:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from ctrlray import config, models, schema
-from ctrlray.metrics import alarms, code_gap
+from ctrlray.metrics.alarms import alarms
+from ctrlray.metrics.control import code_gap
 
 if TYPE_CHECKING:
     from ctrlray.pipeline import Run

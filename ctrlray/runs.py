@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ctrlray import config
+from ctrlray import config, models
+from ctrlray import cost as costs
 from ctrlray.errors import ConfigError
 from ctrlray.lease import require_free
 from ctrlray.pipeline import STAGES, Run
@@ -74,3 +75,24 @@ def clean(storage: Storage, everything: bool = False) -> int:
         freed += storage.size(stage, key)
         storage.delete(stage, key)
     return freed
+
+
+def cost(
+    storage: Storage, parameters: float | None, rows: int | None, speedup: float, run_parameters: float | None
+) -> dict[str, Any]:
+    """What a run's finished stages cost, with a projection where a size, a number of rows or a speedup is asked for.
+
+    Raises ConfigError when no stage has finished, or when the run's model is not on this machine and its size not given.
+    """
+    run = Run.at(storage)
+    results = {s: r for s in STAGES if (r := run.result(s)) is not None}
+    if not results:
+        raise ConfigError(f"{storage.uri}: no stage has finished under the job that is kept there")
+    found = costs.cost(results, costs.held(run.job, int(storage.read_json("manifest.json")["machine"]["cores"])))
+    if parameters is None and rows is None and speedup == 1.0:
+        return found
+    shape = models.shape_here(run.job.model)
+    size = run_parameters or (shape.parameters if shape else None)
+    if size is None:
+        raise ConfigError(f"{run.job.model.name} is not on this machine: say how many parameters it has with --run-params")
+    return found | {"projection": costs.project(found, size, parameters, rows, speedup)}

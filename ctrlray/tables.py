@@ -67,6 +67,12 @@ class Storage:
         infos = self.filesystem.get_file_info(selector)
         return sorted(i.base_name for i in infos if i.type == fs.FileType.File and i.base_name.endswith(suffix))
 
+    def files(self, *parts: str) -> list[str]:
+        """Sorted paths of all files below a folder, relative to it; empty when there is none."""
+        top = self.path(*parts)
+        infos = self.filesystem.get_file_info(fs.FileSelector(top, allow_not_found=True, recursive=True))
+        return sorted(i.path.removeprefix(top).lstrip("/") for i in infos if i.type == fs.FileType.File)
+
     def folders(self, *parts: str) -> list[str]:
         """Sorted names of the folders in a folder; empty when there is none."""
         infos = self.filesystem.get_file_info(fs.FileSelector(self.path(*parts), allow_not_found=True))

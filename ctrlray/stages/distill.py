@@ -11,7 +11,7 @@ import pyarrow as pa
 from ctrlray import config, schema
 from ctrlray.distill import Levels, distill
 from ctrlray.ledger import StageResult
-from ctrlray.metrics import pool_slopes
+from ctrlray.metrics.entanglement import pool_slopes
 from ctrlray.tables import Storage
 
 

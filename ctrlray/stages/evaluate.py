@@ -6,6 +6,7 @@ One engine start serves all methods: their weights are swapped in place, because
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,13 +15,15 @@ import pyarrow as pa
 import ray.data
 
 from ctrlray import config, schema
+from ctrlray.clock import note_start, start_seconds
 from ctrlray.control import ControlSpace, Levels, Renderer, with_system
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
-from ctrlray.metrics import evaluate_grid
+from ctrlray.metrics.compare import compare_grid
+from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.stages.generate import consume
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
@@ -100,9 +103,11 @@ def run(
     grid, failed = _grid(answers, job, cells, scales, out)
     out.write_table(grid, "grid")
     out.write_json(evaluate_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "metrics.json")
+    out.write_json(compare_grid(grid, job.control, job.evaluate.bootstrap, job.seed), "comparisons.json")
     spent = {m: sum(a["num_tokens"] for a in answers if a["method"] == m) for m in methods}
     done = len(answers) - sum(failed.values())
-    return StageResult(len(answers), done, quarantined=failed, tokens=sum(spent.values()), facts={"tokens_spent": spent})
+    facts = {"tokens_spent": spent, "start_s": round(start_seconds(out), 1)}
+    return StageResult(len(answers), done, quarantined=failed, tokens=sum(spent.values()), facts=facts)
 
 
 def _samples(method: str, job: config.Job) -> int:
@@ -131,7 +136,9 @@ def _answer(
     if not missing:
         return
     progress.note("starting vLLM")
+    began = time.monotonic()
     with EnginePool(spec, job.generate.pool, f"{job.name}-evaluate", job.cluster.stall_timeout_s) as pool:
+        note_start(out, time.monotonic() - began)
         for method in missing:
             folder = weights(method)
             if folder is not None:

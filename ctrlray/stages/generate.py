@@ -9,6 +9,7 @@ Requests are expanded first, so every answer's id is known before it exists; a r
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ import ray.data
 
 from ctrlray import config, schema
 from ctrlray.actors import last_line
+from ctrlray.clock import note_start, start_seconds
 from ctrlray.control import Renderer, with_system
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.errors import ClusterError
@@ -35,7 +37,9 @@ class GenerateBatch:
 
     def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage) -> None:
         os.environ.update(spec.environment())
+        began = time.monotonic()
         self._engine = Engine(spec)
+        note_start(out, time.monotonic() - began)
         self._sampling = sampling
         self._out = out
         self._journal = Journal(out.sub(IN_FLIGHT))
@@ -154,7 +158,7 @@ def run(
         blocks = write_blocks(pending, out, settings.batch_size)
         stream = generate_stream(blocks, out, settings, spec)
         consume(then(stream) if then else stream, progress, patience)
-    return _accounts(requests, refused.num_rows, out)
+    return _accounts(requests, refused.num_rows, out, settings.pool.max_size)
 
 
 def write_blocks(pending: pa.Table, out: Storage, rows: int) -> list[str]:
@@ -225,7 +229,7 @@ def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) ->
         raise ClusterError(f"{patience.stage}: {what}; it ended with: {last_line(error)}. What is finished is kept.") from error
 
 
-def _accounts(requests: pa.Table, num_refused: int, out: Storage) -> StageResult:
+def _accounts(requests: pa.Table, num_refused: int, out: Storage, engines: int) -> StageResult:
     made = out.read_table("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"])
     wanted = set(requests["response_id"].to_pylist())
     found = [r for r in made.to_pylist() if r["response_id"] in wanted]
@@ -234,4 +238,5 @@ def _accounts(requests: pa.Table, num_refused: int, out: Storage) -> StageResult
     quarantined = dict(Counter(error for key, error in bad.items() if key not in unique))
     reasons = dict(Counter(r["finish_reason"] for r in unique.values()))
     tokens = sum(len(r["token_ids"]) for r in unique.values())
-    return StageResult(requests.num_rows + num_refused, len(unique), {}, quarantined, tokens, {"finish_reasons": reasons})
+    facts = {"finish_reasons": reasons, "start_s": round(start_seconds(out) / engines, 1)}  # engines start side by side
+    return StageResult(requests.num_rows + num_refused, len(unique), {}, quarantined, tokens, facts)

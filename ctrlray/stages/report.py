@@ -56,7 +56,7 @@ class ReportData:
     code_gaps: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per method: value, low, high, num_examples; NLL under wrong codes minus under the right one, nats per token."""
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Per method, as `ctrlray.metrics` makes them."""
+    """Per method, as `ctrlray.metrics.grid` makes them."""
     pool_slopes: Sequence[Sequence[Any]] | None = None
     samples: Sequence[Mapping[str, Any]] = ()
     """prompt, method, cells [{levels, text, units, finish_reason}]."""

@@ -91,7 +91,8 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
     return {m: _STYLES[m] if m in _STYLES else next(spare) for m in dict.fromkeys(methods)}
 
 
-def _figure(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str = "", **layout: Any) -> Figure:
+def plot(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str = "", **layout: Any) -> Figure:
+    """A figure in the report's looks; `layout` is plotly's."""
     figure = go.Figure(list(traces))
     figure.update_layout(
         template=go.layout.Template(),
@@ -140,7 +141,7 @@ def _cell_heat(name: str, attributes: Sequence[str], levels: Sequence[int], cell
     trace.hovertemplate = f"{attributes[0]} %{{y}}, {attributes[1]} %{{x}}: %{{z}} rows<extra></extra>"
     height = 110 + 46 * levels[0]
     title = f"{name}: {number(sum(cells.values()))} rows"
-    return _figure(title, alt, [trace], height, xaxis=_category(attributes[1]), yaxis=_category(attributes[0]))
+    return plot(title, alt, [trace], height, xaxis=_category(attributes[1]), yaxis=_category(attributes[0]))
 
 
 def _heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: str, **limits: float) -> Any:
@@ -180,7 +181,7 @@ def _level_bars(attribute: str, index: int, levels: int, before: Mapping[str, in
     top = max(max(t.y) for t in traces) * 1.18 or 1
     yaxis = {"title": {"text": "% of rows"}, "range": [0, top]}
     note = "grey before distillation, blue after"
-    return _figure(
+    return plot(
         attribute, alt, traces, 270, note=note, xaxis=_category(f"{attribute} level"), yaxis=yaxis, bargap=0.25
     )
 
@@ -200,7 +201,7 @@ def curve_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mappi
             shapes = _zero_line() if key == "valid_gap" else []
             layout = {"xaxis": {"title": {"text": "optimizer step"}}, "yaxis": _curve_axis(key), "shapes": shapes}
             alt = f"{title} by step: {'; '.join(words)}."
-            figures.append(_figure(title, alt, traces, 250, note=unit, **layout))
+            figures.append(plot(title, alt, traces, 250, note=unit, **layout))
     return figures
 
 
@@ -224,7 +225,7 @@ def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Ma
             more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("level units"), "shapes": shapes}
             title = f"{name} reached by level asked for, {method}"
             alt = f"{title}: {'; '.join(words)}."
-            figures.append(_figure(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
+            figures.append(plot(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
     return figures
 
 
@@ -243,7 +244,7 @@ def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Fig
         title = f"Seconds of a step, {method}"
         alt = f"{title}, means: {', '.join(words)}."
         more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("seconds"), "barmode": "stack"}
-        figures.append(_figure(title, alt, traces, 280, **more, showlegend=True))
+        figures.append(plot(title, alt, traces, 280, **more, showlegend=True))
     return figures
 
 
@@ -308,7 +309,7 @@ def _response(attribute: str, levels: int, metrics: Mapping[str, Any], look: Map
         "range": [0.7, levels + 0.3],
     }
     yaxis = {"title": {"text": "achieved, level units"}, "range": [low - 0.2, high + 0.2], "dtick": 1}
-    return _figure(attribute, alt, traces, 340, xaxis=xaxis, yaxis=yaxis)
+    return plot(attribute, alt, traces, 340, xaxis=xaxis, yaxis=yaxis)
 
 
 def _points(result: Mapping[str, Any], attribute: str) -> dict[int, tuple[float, float, float]]:
@@ -359,4 +360,4 @@ def slope_figure(name: str, attributes: Sequence[str], slopes: Sequence[Sequence
     alt = f"Slope matrix of {name}, achieved levels per requested level. Requested {'; requested '.join(worded)}."
     xaxis = _category("achieved")
     yaxis = _category("requested", autorange="reversed", tickangle=-90 if len(names) < 4 else 0)
-    return _figure(name, alt, [trace], 110 + 84 * len(names), xaxis=xaxis, yaxis=yaxis)
+    return plot(name, alt, [trace], 110 + 84 * len(names), xaxis=xaxis, yaxis=yaxis)

@@ -87,6 +87,7 @@ def ids(run: pipeline.Run) -> dict[str, list[str]]:
 def data_files(folder: Path) -> dict[str, bytes]:
     """What stages after scoring make of their tables, without what tells the time: logs, checkpoints, seconds."""
     skipped = ("ray_train", "tensorboard", "result.json", "curves.json", "progress.json", "done.json", "report.html")
+    skipped += ("time.json", "starts")
     files = [f for s in AFTER_SCORING for f in (folder / s).rglob("*") if f.is_file()]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files if not set(f.relative_to(folder).parts) & set(skipped)}
 

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from ctrlray import config, schema
+from ctrlray.clock import note_start
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Silent
@@ -136,10 +137,12 @@ def test_accounts_count_every_request_once(tmp_path):
     bad = [quarantined(b, "process_died"), quarantined(c, "process_died"), quarantined("long", "prompt_too_long")]
     out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
     made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
-    result = generate._accounts(made, 1, out).check("generate")
+    for seconds in (30.0, 40.0, 20.0):  # two engines, one of them started twice
+        note_start(out, seconds)
+    result = generate._accounts(made, 1, out, 2).check("generate")
     assert (result.rows_in, result.rows_out, result.tokens) == (4, 2, 8)
     assert result.quarantined == {"process_died": 1, "prompt_too_long": 1}
-    assert result.facts == {"finish_reasons": {"stop": 1, "length": 1}}
+    assert result.facts == {"finish_reasons": {"stop": 1, "length": 1}, "start_s": 45.0}
 
 
 def test_what_is_answered_quarantined_or_too_long_starts_no_engine(tmp_path, monkeypatch):

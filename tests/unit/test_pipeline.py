@@ -42,7 +42,10 @@ FROM = {s: list(STAGES[STAGES.index(s) :]) for s in STAGES}
         ({"model": {"name": "other/model"}}, FROM["generate"]),
         ({"generate": {"samples": 7}}, FROM["generate"]),
         ({"generate": {"sampling": {"temperature": 0.5}}}, FROM["generate"]),
-        ({"control": {"attributes": [{"name": "brevity", "levels": 3}]}}, FROM["generate"]),
+        # answers are sampled and scored without codes
+        ({"control": {"attributes": [{"name": "brevity", "levels": 3}]}}, FROM["distill"]),
+        ({"control": {"attributes": [{"name": "brevity", "levels": 2}], "encoding": "text"}}, FROM["distill"]),
+        ({"control": {"attributes": [{"name": "short", "levels": 2, "score": "brevity"}]}}, FROM["score"]),
         ({"distill": {"keep_truncated": True}}, FROM["score"]),
         ({"distill": {"max_examples": 7}}, FROM["distill"]),
         ({"train": {"epochs": 3}}, FROM["train"]),
@@ -148,7 +151,7 @@ def cluster(monkeypatch):
     monkeypatch.setattr(models, "resolve", lambda model: None)
     monkeypatch.setattr(models, "shape", lambda folder: None)
     monkeypatch.setattr(pipeline, "_GROWTH_POLL_S", 0.01)
-    monkeypatch.setattr(pipeline, "_nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
+    monkeypatch.setattr(pipeline, "nodes", lambda: looks.pop(0) if len(looks) > 1 else looks[0])
     return asked, looks
 
 
@@ -190,7 +193,7 @@ def test_nodes_that_died_hold_nothing(monkeypatch):
 
     there = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0 * 2**30}}
     monkeypatch.setattr(ray, "nodes", lambda: [there, there | {"Alive": False}])
-    assert pipeline._nodes() == [Node(4.0, 0, 8.0)]
+    assert pipeline.nodes() == [Node(4.0, 0, 8.0)]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Statistics of an evaluation: pure functions of arrays. Import from the modules."""

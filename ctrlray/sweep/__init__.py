@@ -1,0 +1,1 @@
+"""Variants of one job on shared tables, and their comparison."""
