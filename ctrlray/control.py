@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -99,6 +100,20 @@ class ControlSpace:
         parts = [f"{n} {v} out of {a.levels}" for n, v, a in zip(self.names, self.check(levels), self.attributes, strict=True)]
         scale = "where 1 is the least and the highest number the most"
         return f"Answer so that your answer has this rating: {' and '.join(parts)}, {scale}."
+
+
+def nearest_first(units: Sequence[Sequence[float]], levels: Sequence[int]) -> list[int]:
+    """Numbers of the answers with these achieved levels (in continuous level units), nearest to the requested ones first.
+
+    The distance is the sum over attributes of |achieved - requested|; equals keep their order, and an answer without a finite
+    score comes last. Best-of-n towards a setting is the first.
+    """
+
+    def distance(i: int) -> float:
+        far = sum(abs(unit - level) for unit, level in zip(units[i], levels, strict=True))
+        return far if math.isfinite(far) else math.inf
+
+    return sorted(range(len(units)), key=distance)
 
 
 def dialled_template(

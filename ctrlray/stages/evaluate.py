@@ -5,7 +5,6 @@ One engine start serves all methods: their weights are swapped in place, because
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import ray.data
 
 from ctrlray import config, schema
 from ctrlray.clock import note_start, start_seconds
-from ctrlray.control import ControlSpace, Levels, Renderer, with_system
+from ctrlray.control import ControlSpace, Levels, Renderer, nearest_first, with_system
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
@@ -262,10 +261,6 @@ def _placed(answer: Mapping[str, Any], cell: Levels, names: Sequence[str]) -> di
 
 
 def _nearest(candidates: Sequence[dict[str, Any]], cell: Levels, names: Sequence[str]) -> dict[str, Any]:
-    """The candidate with the least sum of distances to the requested levels; the first of equals, a failed one last."""
-
-    def distance(answer: Mapping[str, Any]) -> tuple[float, int]:
-        far = sum(abs(answer[f"units_{n}"] - level) for n, level in zip(names, cell, strict=True))
-        return (far if math.isfinite(far) else math.inf), answer["sample"]
-
-    return min(candidates, key=distance)
+    """The candidate nearest to the requested levels; the first sample of equals, a failed one last."""
+    ordered = sorted(candidates, key=lambda answer: int(answer["sample"]))
+    return ordered[nearest_first([[answer[f"units_{n}"] for n in names] for answer in ordered], cell)[0]]
