@@ -165,7 +165,6 @@ class CompletionRequest(Sampled):
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=32)]
     """Text; token ids are not accepted."""
-    max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = 16
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @property

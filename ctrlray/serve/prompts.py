@@ -25,6 +25,11 @@ _INLINE_CHARS = 20_000
 """Longer texts are tokenized beside the event loop, which would stand still for more than some milliseconds."""
 
 
+def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
+    """A request's messages as templates and rewards take them: role and text, and nothing else."""
+    return [Message(role="system" if m.role == "developer" else m.role, content=m.text) for m in messages]
+
+
 class Prompts:
     """The prompts of one served model. `coded`: it knows control codes, so each chat ends with one."""
 
@@ -39,9 +44,8 @@ class Prompts:
         self._longest = max(len(t) for t in tokenizer.get_vocab())
         self._placed = lru_cache(4096)(self._place)
 
-    async def chat(self, messages: Sequence[ChatMessage], levels: Levels) -> list[int]:
+    async def chat(self, turns: Sequence[Message], levels: Levels) -> list[int]:
         """Token ids of a conversation up to and including the code. Raises a Refusal for what the model cannot be asked."""
-        turns = [Message(role="system" if m.role == "developer" else m.role, content=m.text) for m in messages]
         chars = self._check_length(m["content"] for m in turns)
         if chars <= _INLINE_CHARS:
             return self._chat(self._renderer, turns, levels)
@@ -102,4 +106,5 @@ class Prompts:
 
 
 def _too_long(what: str, context: int) -> Refusal:
-    return Refusal(400, f"the prompt has {what}; the model takes {context} tokens with its answer", code="context_length_exceeded")
+    message = f"the prompt has {what}; the model takes {context} tokens with its answer"
+    return Refusal(400, message, code="context_length_exceeded")

@@ -14,6 +14,7 @@ from ctrlray.serve.api import ChatRequest, CompletionRequest, Sampled
 from ctrlray.serve.refusal import Refusal
 
 Json = dict[str, Any]
+CHAT_CHUNK, PLAIN = "chat.completion.chunk", "text_completion"
 _TOKEN_ID = "token_id:"
 _COPIED = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop")
 
@@ -84,15 +85,13 @@ def chat_reply(head: Head, choices: Sequence[Json], usage: Json, request: ChatRe
 
 def completion_reply(head: Head, choices: Sequence[Json], usage: Json) -> Json:
     """A whole plain completion."""
-    return head.of("text_completion", choices=[_plain_choice(c) for c in choices], usage=_usage(usage))
+    return head.of(PLAIN, choices=[_plain_choice(c) for c in choices], usage=_usage(usage))
 
 
 def openers(head: Head, n: int) -> list[Json]:
     """The first chunk of each choice: the role, and the levels in force."""
-    return [
-        head.of("chat.completion.chunk", control=dict(head.control or {}), choices=[_delta(i, {"role": "assistant", "content": ""})])
-        for i in range(n)
-    ]
+    role, control = {"role": "assistant", "content": ""}, dict(head.control or {})
+    return [head.of(CHAT_CHUNK, control=control, choices=[_delta(i, role)]) for i in range(n)]
 
 
 def chat_chunk(head: Head, choices: Sequence[Json], request: ChatRequest, token: Callable[[int], str]) -> Json:
@@ -103,12 +102,12 @@ def chat_chunk(head: Head, choices: Sequence[Json], request: ChatRequest, token:
         if request.logprobs:
             piece["logprobs"] = _chat_logprobs(c, request, token)
         made.append(piece | ({"achieved": c["achieved"]} if "achieved" in c else {}))
-    return head.of("chat.completion.chunk", choices=made)
+    return head.of(CHAT_CHUNK, choices=made)
 
 
 def completion_chunk(head: Head, choices: Sequence[Json]) -> Json:
     """What follows of a plain completion."""
-    return head.of("text_completion", choices=[_plain_choice(c) for c in choices])
+    return head.of(PLAIN, choices=[_plain_choice(c) for c in choices])
 
 
 def usage_chunk(head: Head, kind: str, usage: Json) -> Json:
