@@ -1,252 +1,106 @@
-"""The HTTP side: routes, errors in OpenAI's form, server-sent events, and the description of it all. No other route exists."""
+"""Builds the Serve application of a set of models; `import_path: ctrlray.serve.app:build` of a Serve config file.
+
+proxy ─► Ingress ─┬─► DialServer:<model>   one deployment for each model, each with its replicas and engines
+                  ├─► RewardServer:<i>     where the run's rewards are served
+                  └─► Desk                 where several ingress replicas share their counts
+"""
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import re
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
-from fastapi import FastAPI, Header, Path, Request
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
-from starlette.exceptions import HTTPException
+from ray import serve
+from ray.serve.llm import LLMConfig, build_llm_deployment
 
-from ctrlray import __version__
-from ctrlray.serve.api import ChatRequest, CompletionRequest, ScoreRequest, Strict
-from ctrlray.serve.dial import from_header
-from ctrlray.serve.front import Front
-from ctrlray.serve.guard import App, Guard, Left, Receive, Scope, Send, encode
-from ctrlray.serve.page import api_page
-from ctrlray.serve.policy import Key
-from ctrlray.serve.refusal import Refusal
-from ctrlray.serve.work import LEFT, Work
+from ctrlray import config, models
+from ctrlray.config import parse
+from ctrlray.engine.engine import EngineSpec
+from ctrlray.serve.bypass import refuse_bypass, refuse_open
+from ctrlray.serve.catalog import Catalog, Entry, environment, resolve
+from ctrlray.serve.desk import Desk
+from ctrlray.serve.ingress import Ingress, rooms
+from ctrlray.serve.policy import Policy
+from ctrlray.serve.rewards import RewardServer
+from ctrlray.serve.server import DialServer
+from ctrlray.serve.settings import ServeSettings
 
-T = TypeVar("T")
-PUBLIC = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
-_CLIENT_ERRORS = {400: "Bad request", 401: "No valid key", 403: "Out of the key's bounds", 404: "No such model or route"}
-_LIMITS = {413: "Body too large", 429: "Too many requests; see Retry-After", 503: "No engine; see Retry-After"}
-_EXAMPLE = {"error": {"message": "…", "type": "invalid_request_error", "param": "control.safety", "code": None}}
-ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"description": text, "content": {"application/json": {"example": _EXAMPLE}}}
-    for status, text in (_CLIENT_ERRORS | _LIMITS).items()
-}
-_KIND = re.compile(r"\[|constrained|^str$")
-"""Of the places that pydantic names: the kinds of a union, which are no fields."""
-_TITLE = "ctrlray"
-_ABOUT = (
-    "OpenAI-compatible chat completions with a dial: `control` sets each attribute's level per request, in the body or as the "
-    "header `X-Control: safety=5, helpfulness=2`. `GET /v1/control` tells which levels your key may set."
-)
+_HEALTH_PERIOD_S = 5.0
 
 
-class Reply(Response):
-    """JSON that holds whatever a caller sent."""
+def build(args: Mapping[str, Any]) -> Any:
+    """The application of a Serve config file (`import_path: ctrlray.serve.app:build`); `args` are `ServeSettings`.
 
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """ASCII."""
-        return encode(content)
-
-
-class EventStream(Response):
-    """Server-sent events of one piece of work, which is closed however the stream ends."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        fixed = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        self._pairs = [(k.lower().encode(), v.encode()) for k, v in (fixed | work.headers()).items()]
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the end, or until the caller leaves."""
-        status = None
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self._pairs})
-            await unless_left(receive, self._send(send))
-        except Left:
-            status = LEFT
-        except asyncio.CancelledError:
-            status = LEFT
-            raise
-        finally:
-            await self._work.close(status)
-
-    async def _send(self, send: Send) -> None:
-        async with contextlib.aclosing(self._work.events()) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event.encode("utf-8", "replace"), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled when the caller leaves. Raises Left then."""
-
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise Left
-        return doing.result()
-    finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.wait({doing, leaving})
-
-
-def create_app(front: Front, max_body_bytes: int, body_timeout_s: float) -> App:
-    """The whole application, its guard around it."""
-    app = FastAPI(title=_TITLE, version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
-    _add_answers(app, front)
-    _add_facts(app, front)
-    _add_pages(app)
-    _add_errors(app, front)
-
-    def public(path: str) -> bool:
-        return path in PUBLIC or (path == "/metrics" and front.open_metrics)
-
-    return Guard(app, front.caller, public, front.desk.refused, max_body_bytes, body_timeout_s)
-
-
-def _key(request: Request) -> Key:
-    key = request.state.key
-    assert isinstance(key, Key)
-    return key
-
-
-async def _answered(request: Request, work: Work) -> Response:
-    """The whole answer, or its stream once the first token is there."""
-    try:
-        if work.request.stream:
-            await unless_left(request.receive, work.begin())
-            return EventStream(work)
-        reply = await unless_left(request.receive, work.whole())
-        await work.close()
-        return Reply(reply, headers=work.headers())
-    except (Left, asyncio.CancelledError):
-        await work.close(LEFT)
-        raise
-    except Refusal as refusal:
-        await work.close(refusal.status)
-        raise
-    except Exception:
-        await work.close(500)
-        raise
-
-
-def _add_answers(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/chat/completions", responses=ERRORS, tags=["answers"])
-    async def chat_completions(
-        body: ChatRequest, request: Request, x_control: Annotated[str | None, Header(max_length=1024)] = None
-    ) -> Response:
-        """Answer a conversation at the levels of the dial; with `stream: true` as server-sent events."""
-        work = await front.chat(body, _key(request), from_header(x_control or ""))
-        return await _answered(request, work)
-
-    @app.post("/v1/completions", responses=ERRORS, tags=["answers"])
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        """Continue plain text. There is no dial here, so a key needs the operator's leave for it."""
-        return await _answered(request, await front.complete(body, _key(request)))
-
-    @app.post("/v1/control/scores", responses=ERRORS, tags=["control"])
-    async def control_scores(body: ScoreRequest, request: Request) -> Response:
-        """The levels that an answer achieves by the run's rewards, in continuous level units."""
-        return Reply(await unless_left(request.receive, front.scores(body, _key(request))))
-
-
-def _add_facts(app: FastAPI, front: Front) -> None:
-    @app.get("/v1/models", responses=ERRORS, tags=["models"])
-    async def models(request: Request) -> Response:
-        """Models that the key may use."""
-        return Reply({"object": "list", "data": [_card(m.name) for m in front.models(_key(request))]})
-
-    @app.get("/v1/models/{model}", responses=ERRORS, tags=["models"])
-    async def model(model: Annotated[str, Path(max_length=256)], request: Request) -> Response:
-        """One model."""
-        return Reply(_card(front.model(model, _key(request)).name))
-
-    @app.get("/v1/control", responses=ERRORS, tags=["control"])
-    async def control(request: Request) -> Response:
-        """Attributes, levels and defaults inside of the key's bounds, and the key's limits."""
-        return Reply(front.describe(_key(request)))
-
-    @app.get("/metrics", tags=["operation"])
-    async def metrics() -> Response:
-        """Requests, tokens and latency by model and level, for Prometheus."""
-        return Response(await front.desk.metrics(), media_type="text/plain; version=0.0.4")
-
-    @app.get("/healthz", tags=["operation"])
-    async def healthz() -> Response:
-        """Whether the ingress is up."""
-        return Reply({"status": "ok"})
-
-
-def _card(name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": 0, "owned_by": "ctrlray"}
-
-
-def _add_pages(app: FastAPI) -> None:
-    @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return HTMLResponse(api_page(app.openapi()))
-
-    @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
-
-
-def _add_errors(app: FastAPI, front: Front) -> None:
-    async def refuse(request: Request, refusal: Refusal) -> Response:
-        key = getattr(request.state, "key", None)
-        await front.desk.refused(key.name if key else "", refusal.status)
-        return Reply(refusal.body(), refusal.status, refusal.headers())
-
-    @app.exception_handler(Refusal)
-    async def _refused(request: Request, error: Refusal) -> Response:
-        return await refuse(request, error)
-
-    @app.exception_handler(RequestValidationError)
-    async def _invalid(request: Request, error: RequestValidationError) -> Response:
-        return await refuse(request, explain(error.errors()))
-
-    @app.exception_handler(HTTPException)
-    async def _http(request: Request, error: HTTPException) -> Response:
-        what = {404: f"no route {request.url.path[:80]!r}; GET /docs lists those there are"}
-        return await refuse(request, Refusal(error.status_code, what.get(error.status_code, str(error.detail))))
-
-    @app.exception_handler(Left)
-    async def _left(request: Request, error: Left) -> Response:
-        return Response(status_code=LEFT)
-
-    @app.exception_handler(Exception)
-    async def _failed(request: Request, error: Exception) -> Response:
-        return await refuse(request, Refusal(500, "an error of the server; its log has the details"))
-
-
-def explain(problems: Sequence[Mapping[str, Any]]) -> Refusal:
-    """A request's first problem as a sentence that names the field; for an unknown field, those there are.
-
-    Where a value may be of several kinds there is a problem for each: the one furthest inside is about the kind that was meant.
+    Where it will listen is not known here, so it needs a policy file. Raises ConfigError.
     """
-    first = [p for p in problems if p["loc"][:2] == problems[0]["loc"][:2]]
-    problem = max(first, key=lambda p: len(p["loc"]))
-    places = [str(p) for p in problem["loc"][1:] if not _KIND.search(str(p))]
-    field = ".".join(places)[:200]
-    if problem["type"] == "json_invalid":
-        return Refusal(400, f"the body is not JSON: {problem.get('ctx', {}).get('error', 'cannot be read')}")
-    if problem["type"] == "extra_forbidden":
-        known = f"; there are {_fields()}" if len(places) == 1 else ""
-        return Refusal(400, f"{field}: this field is not accepted here{known}", field, "unknown_field")
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    return Refusal(400, f"{field}: {message}" if field else message, field or None)
+    settings = parse(ServeSettings, args, where="args")
+    refuse_open(None, settings.policy is not None)
+    return application(settings, resolve(settings), None)
 
 
-def _fields() -> str:
-    kinds: tuple[type[Strict], ...] = (ChatRequest, CompletionRequest)
-    return "; ".join(f"of {k.__name__}: {', '.join(sorted(k.model_fields))}" for k in kinds)
+def application(settings: ServeSettings, catalog: Catalog, policy: Policy | None) -> Any:
+    """The Serve application. `policy` stands for a file where there is none."""
+    refuse_bypass()
+    entries = catalog.entries
+    engines = {e.name: _engine(settings, e, len(entries)) for e in entries}
+    rewards = [_reward(settings, r, i) for i, r in enumerate(catalog.rewards_of.rewards)] if catalog.rewards_of else []
+    several = settings.ingress.replicas > 1
+    desk = serve.deployment(Desk, ray_actor_options=_actor(0.05)).bind(rooms(settings, catalog)) if several else None
+    ingress = serve.deployment(
+        Ingress,
+        num_replicas=settings.ingress.replicas,
+        max_ongoing_requests=100_000,  # what waits is bounded by the desk, which says so properly
+        health_check_period_s=_HEALTH_PERIOD_S,
+        ray_actor_options=_actor(settings.ingress.cpus),
+    )
+    return ingress.bind(settings, catalog, policy, engines, rewards, desk)
+
+
+def _engine(settings: ServeSettings, entry: Entry, num_models: int) -> Any:
+    """One model's deployment."""
+    replicas, gpu = settings.replicas, settings.replicas.gpus > 0
+    spec = EngineSpec(
+        model=entry.folder,
+        dtype=models.pick_dtype(settings.dtype, gpu=gpu),
+        max_context=entry.max_context,
+        settings=settings.engine,
+        gpus=float(replicas.gpus),
+        whole_machine=num_models * replicas.max == 1,
+    )
+    arguments = {name: value for name, value in spec.arguments().items() if name != "model"}
+    bundle: dict[str, float] = {"CPU": replicas.cpus} | ({"GPU": 1.0} if gpu else {})
+    llm = LLMConfig(
+        model_loading_config={"model_id": entry.name, "model_source": entry.folder},
+        engine_kwargs=arguments,
+        accelerator_type=replicas.accelerator if gpu else None,
+        placement_group_config={"bundle_per_worker": bundle},
+        runtime_env={"env_vars": environment() | spec.device_environment()},
+        deployment_config={
+            "ray_actor_options": {"num_cpus": 0},  # the bundle has them
+            "health_check_period_s": _HEALTH_PERIOD_S,
+            **_scaling(settings),
+        },
+        experimental_configs={"stream_batching_interval_ms": 0},  # DialServer sends the first token at once
+        log_engine_metrics=False,
+    )
+    kwargs = {"entry": entry, "stream_interval_s": settings.ingress.stream_interval_ms / 1000}
+    return build_llm_deployment(llm, deployment_cls=DialServer, bind_kwargs=kwargs)
+
+
+def _scaling(settings: ServeSettings) -> dict[str, Any]:
+    low, high = settings.replicas.min, settings.replicas.max
+    if low == high:
+        return {"num_replicas": low}
+    wanted = settings.engine.max_num_seqs
+    return {"autoscaling_config": {"min_replicas": low, "max_replicas": high, "target_ongoing_requests": wanted}}
+
+
+def _reward(settings: ServeSettings, reward: config.Reward, number: int) -> Any:
+    pool = settings.reward_pool
+    options = _actor(pool.cpus) | {"num_gpus": pool.gpus}
+    made = serve.deployment(RewardServer, name=f"RewardServer:{number}", num_replicas=pool.min_size, ray_actor_options=options)
+    return made.bind(reward)
+
+
+def _actor(cpus: float) -> dict[str, Any]:
+    return {"num_cpus": cpus, "runtime_env": {"env_vars": environment()}}

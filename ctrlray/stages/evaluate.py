@@ -23,11 +23,12 @@ from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.metrics.compare import compare_grid
 from ctrlray.metrics.grid import evaluate_grid
+from ctrlray.stages.export import START
 from ctrlray.stages.generate import consume
 from ctrlray.stages.score import job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
-START, RERANKING = "start", "reranking"
+RERANKING = "reranking"
 UNCONTROLLED = (START, RERANKING)
 """Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
 

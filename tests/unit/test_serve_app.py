@@ -10,7 +10,7 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from ctrlray.serve.app import create_app
+from ctrlray.serve.routes import create_app
 from ctrlray.serve.desk import Desk
 from ctrlray.serve.dial import Dial, Range
 from ctrlray.serve.front import Front
