@@ -8,7 +8,6 @@ from typing import Any
 
 from ray import serve
 
-from ctrlray.serve.routes import create_app
 from ctrlray.serve.bypass import refuse_bypass
 from ctrlray.serve.catalog import Catalog, Entry
 from ctrlray.serve.desk import Desk, RemoteDesk
@@ -19,6 +18,7 @@ from ctrlray.serve.guard import App
 from ctrlray.serve.policy import Policy, PolicyFile
 from ctrlray.serve.prompts import Prompts
 from ctrlray.serve.rewards import RewardJudge
+from ctrlray.serve.routes import create_app
 from ctrlray.serve.served import Served
 from ctrlray.serve.settings import ServeSettings
 

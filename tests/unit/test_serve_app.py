@@ -10,12 +10,12 @@ import httpx
 import pytest
 from starlette.testclient import TestClient
 
-from ctrlray.serve.routes import create_app
 from ctrlray.serve.desk import Desk
 from ctrlray.serve.dial import Dial, Range
 from ctrlray.serve.front import Front
 from ctrlray.serve.policy import Bounds, Key, Policy, hashed
 from ctrlray.serve.prompts import Prompts
+from ctrlray.serve.routes import create_app
 from ctrlray.serve.served import Served
 from tests.fakes import FakeEngine, FakeJudge, dialled_tokenizer
 
