@@ -98,10 +98,10 @@ def test_what_is_no_row_s_fault_reaches_the_caller_as_it_is():
 
 def test_a_reward_that_never_answers_and_one_that_finds_no_room():
     said = (
-        "stuck-0: no reward actor finished a batch within 3 s; 2 answers are in flight on 1 reward actors. "
+        "stuck-0: no reward actor finished a batch within 8 s; 2 answers are in flight on 1 reward actors. "
         r"Raise cluster\.stall_timeout_s or lower score\.batch_size"
     )
-    with pool("stuck", function("stuck_reward", "x"), timeout_s=3) as rewards, pytest.raises(ClusterError, match=said):
+    with pool("stuck", function("stuck_reward", "x"), timeout_s=8) as rewards, pytest.raises(ClusterError, match=said):
         rewards.score(*ask(["a", "stuck"]), batch_size=2)
     big = RewardPool([function("length_reward", "brevity")], config.Pool(cpus=64), "big", 3)
     with pytest.raises(ClusterError, match="big-0: 1 of 1 reward actors did not start within 3 s; each reserves 64 CPUs"):
