@@ -26,6 +26,7 @@ from ctrlray.serve.server import DialServer
 from ctrlray.serve.settings import ServeSettings
 
 _HEALTH_PERIOD_S = 5.0
+_DESK_AT_ONCE = 1000
 
 
 def build(args: Mapping[str, Any]) -> Any:
@@ -45,7 +46,8 @@ def application(settings: ServeSettings, catalog: Catalog, policy: Policy | None
     engines = {e.name: _engine(settings, e, len(entries)) for e in entries}
     rewards = [_reward(settings, r, i) for i, r in enumerate(catalog.rewards_of.rewards)] if catalog.rewards_of else []
     several = settings.ingress.replicas > 1
-    desk = serve.deployment(Desk, ray_actor_options=_actor(0.05)).bind(rooms(settings, catalog)) if several else None
+    shared = serve.deployment(Desk, max_ongoing_requests=_DESK_AT_ONCE, ray_actor_options=_actor(0.05))
+    desk = shared.bind(rooms(settings, catalog)) if several else None
     ingress = serve.deployment(
         Ingress,
         num_replicas=settings.ingress.replicas,

@@ -154,10 +154,10 @@ def _stamp(storage: Storage) -> str:
 
 
 def _check_same_dial(entries: list[Entry], job: config.Job) -> None:
-    names = [a.name for a in job.control.attributes]
+    own = [(a.name, a.levels) for a in job.control.attributes]
     for e in entries:
-        if [r.name for r in e.dial.ranges] != names:
-            raise ConfigError(f"{e.name!r} has other attributes than the run of the rewards, {names}; serve it by itself")
+        if [(r.name, r.levels) for r in e.dial.ranges] != own:
+            raise ConfigError(f"{e.name!r} has another dial than the run of the rewards, {dict(own)}; serve it by itself")
 
 
 def _scales(run: pipeline.Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import click
@@ -34,6 +35,10 @@ def settings_of(
     return config.parse(ServeSettings, raw, where=str(file or "serve"))
 
 
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
 def serve_until_stopped(settings: ServeSettings, host: str, port: int) -> None:
     """Serve until Ctrl-C or SIGTERM. Raises ConfigError for what must not be served there."""
     refuse_open(host, settings.policy is not None)  # before anything slow
@@ -43,6 +48,7 @@ def serve_until_stopped(settings: ServeSettings, host: str, port: int) -> None:
     from ctrlray.serve import launch
 
     key = launch.run(settings, host, port, config.Cluster())
+    signal.signal(signal.SIGTERM, _end)  # Ray has set its own, which ends the process at once
     click.echo(f"ready    http://{host}:{port}/v1    (described at http://{host}:{port}/docs)")
     if key:
         click.echo(f"key      {key}")

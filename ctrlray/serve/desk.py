@@ -100,27 +100,3 @@ class Desk:
     async def metrics(self) -> bytes:
         """Prometheus text."""
         return generate_latest(self.registry)
-
-
-class RemoteDesk:
-    """A Desk that is a deployment, shared by several ingress replicas."""
-
-    def __init__(self, handle: Any) -> None:
-        self._handle = handle
-
-    async def admit(self, asked: Asked) -> Wait | None:
-        """Take a request in, or say why not."""
-        found = await self._handle.admit.remote(asked)
-        return None if found is None else Wait(*found)
-
-    async def settle(self, outcome: Outcome) -> None:
-        """A request that was admitted has ended."""
-        await self._handle.settle.remote(outcome)
-
-    async def refused(self, key: str, status: int) -> None:
-        """A request was refused before it reached an engine."""
-        await self._handle.refused.remote(key, status)
-
-    async def metrics(self) -> bytes:
-        """Prometheus text."""
-        return bytes(await self._handle.metrics.remote())

@@ -8,11 +8,13 @@ Nothing here knows HTTP, Ray or vLLM.
 
 from __future__ import annotations
 
+import sys
+import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 
 from ctrlray.serve.api import ChatRequest, CompletionRequest, Sampled, ScoreRequest
-from ctrlray.serve.desk import Counts
+from ctrlray.serve.desk import Counts, Outcome
 from ctrlray.serve.dial import Setting
 from ctrlray.serve.limits import Asked
 from ctrlray.serve.policy import Key, Policy
@@ -20,7 +22,7 @@ from ctrlray.serve.prompts import turns_of
 from ctrlray.serve.refusal import Refusal
 from ctrlray.serve.served import Judge, Served, achieved
 from ctrlray.serve.translate import Head, Json, order
-from ctrlray.serve.work import Work
+from ctrlray.serve.work import LEFT, Work
 
 DEFAULT_CANDIDATES = 8
 DEFAULT_COMPLETION_TOKENS = 16
@@ -70,11 +72,12 @@ class Front:
         _check(request, key, served, choices)
         turns = turns_of(request.messages)
         ids = await served.prompts.chat(turns, setting.levels)
-        limit = _longest(request.limit, key, served.prompts.max_context - len(ids))
+        limit = _longest(request.limit, key, served.prompts.max_context - len(ids), _share(key, len(ids), choices))
         work = self._work("chatcmpl", request, key, served, [ids], setting, limit, choices)
         if reranked:
-            work.rerank(self._required_judge(), turns, choices)
-        return await self._admitted(work)
+            work.rerank(self._required_judge("control_strategy"), turns, choices)
+        await self._admit(work.asked)
+        return work
 
     async def complete(self, request: CompletionRequest, key: Key) -> Work:
         """Admit a plain completion."""
@@ -83,15 +86,29 @@ class Front:
         served = self.model(request.model, key)
         _check(request, key, served, request.n)
         ids = await served.prompts.plain(request.prompts)
-        limit = _longest(request.max_tokens, key, served.prompts.max_context - max(map(len, ids)))
-        if request.max_tokens is None:
-            limit = min(limit, DEFAULT_COMPLETION_TOKENS)
-        return await self._admitted(self._work("cmpl", request, key, served, ids, None, limit, request.n))
+        room = served.prompts.max_context - max(map(len, ids))
+        limit = _longest(request.max_tokens, key, room, DEFAULT_COMPLETION_TOKENS)
+        work = self._work("cmpl", request, key, served, ids, None, limit, request.n)
+        await self._admit(work.asked)
+        return work
 
     async def scores(self, request: ScoreRequest, key: Key) -> Json:
-        """Achieved levels of an answer."""
-        served = self.model(request.model, key)
-        (units,) = await self._required_judge().units(turns_of(request.messages), [request.answer])
+        """Achieved levels of an answer. It counts as a request of as many tokens as it holds."""
+        served, judge = self.model(request.model, key), self._required_judge(None)
+        turns = turns_of(request.messages)
+        ids = await served.prompts.plain(["\n".join([*(m["content"] for m in turns), request.answer])])
+        asked = Asked(uuid.uuid4().hex, key, served.name, len(ids[0]))
+        await self._admit(asked)
+        begun_s, status = time.monotonic(), LEFT
+        try:
+            (units,) = await judge.units(turns, [request.answer])
+            status = 200
+        except Refusal as refusal:
+            status = refusal.status
+            raise
+        finally:
+            spent_s = time.monotonic() - begun_s
+            await self.desk.settle(Outcome(asked.ticket, key.name, served.name, status, {}, asked.tokens, 0, spent_s, None))
         return {"object": "control.scores", "model": served.name, "achieved": achieved(served.dial, units)}
 
     def describe(self, key: Key) -> Json:
@@ -115,7 +132,7 @@ class Front:
         if strategy == "dial" and not served.prompts.coded:
             raise Refusal(400, f"{served.name!r} knows no control codes; use control_strategy: rerank", "control_strategy")
         if strategy == "rerank":
-            self._required_judge()
+            self._required_judge("control_strategy")
             if request.logprobs:
                 raise Refusal(400, "logprobs are not there for reranked answers; leave them out", "logprobs")
         elif request.candidates is not None:
@@ -125,9 +142,9 @@ class Front:
     def _candidates(self, request: ChatRequest, key: Key) -> int:
         return request.candidates or max(min(DEFAULT_CANDIDATES, key.choices), request.n)
 
-    def _required_judge(self) -> Judge:
+    def _required_judge(self, field: str | None) -> Judge:
         if self.judge is None:
-            raise Refusal(400, "this server has no rewards; start it with a run and `rewards: true`", "control_strategy")
+            raise Refusal(400, "this server has no rewards; start it with a run and `rewards: true`", field)
         return self.judge
 
     def _work(
@@ -149,13 +166,12 @@ class Front:
         head = Head(f"{prefix}-{ticket}", served.name, control)
         return Work(asked, head, request, order(request, prompts, limit, ticket), served, self.desk, tokens, clamped)
 
-    async def _admitted(self, work: Work) -> Work:
-        wait = await self.desk.admit(work.asked)
+    async def _admit(self, asked: Asked) -> None:
+        wait = await self.desk.admit(asked)
         if wait is not None and not wait.retry_after_s:
             raise Refusal(403, wait.message)
         if wait is not None:
             raise Refusal(429, wait.message, code="rate_limit_exceeded", retry_after_s=wait.retry_after_s)
-        return work
 
 
 def _check(request: Sampled, key: Key, served: Served, choices: int) -> None:
@@ -166,11 +182,15 @@ def _check(request: Sampled, key: Key, served: Served, choices: int) -> None:
         raise Refusal(400, "seed is not supported by this model's CPU engine; leave it out", "seed")
 
 
-def _longest(wanted: int | None, key: Key, room: int) -> int:
-    """Most tokens of an answer: what the request, the policy and the context allow. Raises a Refusal."""
-    bound = key.max_tokens or room
+def _share(key: Key, prompt_tokens: int, choices: int) -> int:
+    """Most tokens of an answer of which a minute's worth of the key's holds `choices`, and the prompt; at least one."""
+    return max(((key.tokens_per_minute or sys.maxsize) - prompt_tokens) // choices, 1)
+
+
+def _longest(wanted: int | None, key: Key, room: int, default: int) -> int:
+    """Most tokens of an answer: what the request, else the default, the policy and the context allow. Raises a Refusal."""
     if wanted is None:
-        return min(bound, room)
+        return min(key.max_tokens or room, room, default)
     if key.max_tokens and wanted > key.max_tokens:
         if key.out_of_bounds == "refuse":
             raise Refusal(403, f"max_tokens={wanted} is above the bound of your key, {key.max_tokens}", "max_tokens")

@@ -62,7 +62,7 @@ class Guard:
             body = await self._body(headers.get(b"content-length"), receive)
         except Refusal as refusal:
             await self._refused(name, refusal.status)
-            await respond(send, refusal, close=refusal.status in (408, 413))
+            await respond(send, refusal, close=refusal.status in (401, 408, 413))
             return
         except Left:
             return

@@ -10,11 +10,11 @@ from ray import serve
 
 from ctrlray.serve.bypass import refuse_bypass
 from ctrlray.serve.catalog import Catalog, Entry
-from ctrlray.serve.desk import Desk, RemoteDesk
+from ctrlray.serve.desk import Desk
 from ctrlray.serve.dial import check_policy
-from ctrlray.serve.engines import ReplicaEngine
 from ctrlray.serve.front import Front
 from ctrlray.serve.guard import App
+from ctrlray.serve.handles import RemoteDesk, ReplicaEngine
 from ctrlray.serve.policy import Policy, PolicyFile
 from ctrlray.serve.prompts import Prompts
 from ctrlray.serve.rewards import RewardJudge
@@ -47,7 +47,8 @@ class Ingress:
             current = lambda: policy  # noqa: E731
         models = [self._served(e, engines[e.name]) for e in catalog.entries]
         counts = RemoteDesk(desk) if desk is not None else Desk(rooms(settings, catalog))
-        judge = RewardJudge(rewards, catalog.rewards_of.control, catalog.scales) if catalog.rewards_of else None
+        run, timeout_s = catalog.rewards_of, settings.ingress.answer_timeout_s
+        judge = RewardJudge(rewards, run.control, catalog.scales, timeout_s) if run else None
         self._front = Front(models, current, counts, judge)
 
     def _served(self, entry: Entry, handle: Any) -> Served:

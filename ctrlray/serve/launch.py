@@ -7,6 +7,7 @@ from pathlib import Path
 from ray import serve
 
 from ctrlray import config
+from ctrlray.errors import ConfigError
 from ctrlray.pipeline import start_ray
 from ctrlray.serve.app import application
 from ctrlray.serve.bypass import refuse_bypass, refuse_open
@@ -36,8 +37,12 @@ def run(settings: ServeSettings, host: str, port: int, cluster: config.Cluster) 
         http_options={"host": host, "port": port},
         controller_options={"runtime_env": {"env_vars": {_PROXY_CALLBACK: CALLBACK}}},
     )
-    refuse_open(_listening(), settings.policy is not None)
-    serve.run(application(settings, catalog, policy), name=APP)
+    refuse_open(_held_to(port), settings.policy is not None)
+    try:
+        serve.run(application(settings, catalog, policy), name=APP)
+    except BaseException:  # a cluster would go on trying
+        stop()
+        raise
     return key
 
 
@@ -46,8 +51,11 @@ def stop() -> None:
     serve.delete(APP)
 
 
-def _listening() -> str:
-    """The address that Ray Serve listens at, which an instance that ran before has chosen."""
+def _held_to(port: int) -> str:
+    """The address that Ray Serve listens at: an instance that ran before has chosen it. Raises ConfigError for another port."""
     from ray.serve.context import _get_global_client
 
-    return str(_get_global_client().http_config.host)
+    chosen = _get_global_client().http_config
+    if chosen.port != port:
+        raise ConfigError(f"port={port}: Ray Serve of this cluster listens at {chosen.port} already; give that port, or stop it")
+    return str(chosen.host)

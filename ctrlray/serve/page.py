@@ -15,8 +15,7 @@ def api_page(description: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     routes = [_route(path, method, o) for path, methods in description["paths"].items() for method, o in methods.items()]
     schemas = description.get("components", {}).get("schemas", {})
-    own = {name: schema for name, schema in schemas.items() if "properties" in schema and "ValidationError" not in name}
-    shown = {name: _fields(schema) for name, schema in own.items()}
+    shown = {name: _fields(schema) for name, schema in schemas.items() if "properties" in schema}
     return environment.from_string(source).render(info=description["info"], routes=routes, schemas=shown)
 
 
@@ -27,7 +26,7 @@ def _route(path: str, method: str, operation: Mapping[str, Any]) -> dict[str, An
         "path": path,
         "about": operation.get("description", ""),
         "body": content.get("schema", {}).get("$ref", "").rpartition("/")[2],
-        "errors": {s: r["description"] for s, r in operation["responses"].items() if s not in ("200", "422")},
+        "errors": {s: r["description"] for s, r in operation["responses"].items() if s != "200"},
     }
 
 

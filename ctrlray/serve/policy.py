@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import os
 import secrets
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from ctrlray.config import Frozen, parse, read_job
 from ctrlray.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
+_LOG = logging.getLogger(__name__)
 _PREFIX = "ck-"
 _BYTES = 32
 
@@ -131,6 +133,7 @@ class PolicyFile:
                 self._policy, self.problem = self._read(), ""
             except ConfigError as error:
                 self.problem = str(error)
+                _LOG.error("the policy of before stays in force: %s", error)
         return self._policy
 
     def _read(self) -> Policy:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
@@ -21,8 +21,11 @@ from ctrlray.serve.api import ChatMessage
 from ctrlray.serve.dial import Dial
 from ctrlray.serve.refusal import Refusal
 
-_INLINE_CHARS = 20_000
-"""Longer texts are tokenized beside the event loop, which would stand still for more than some milliseconds."""
+T = TypeVar("T")
+_INLINE_CHARS, _INLINE_TURNS = 20_000, 64
+"""What is longer is rendered beside the event loop, which would stand still for more than some milliseconds."""
+_SHAPES = 256
+"""Sequences of roles whose special ids are kept."""
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -36,61 +39,31 @@ class Prompts:
     def __init__(self, tokenizer: Any, dial: Dial, coded: bool, max_context: int) -> None:
         self.coded = coded
         self.max_context = max_context
-        self._renderer = Renderer(tokenizer, dial.space, None)
-        self._own = Renderer(copy.deepcopy(tokenizer), dial.space, None)  # a tokenizer serves one thread at a time
+        # a tokenizer serves one thread at a time
+        self._inline = _Checked(Renderer(tokenizer, dial.space, None), coded)
+        self._beside = _Checked(Renderer(copy.deepcopy(tokenizer), dial.space, None), coded)
         self._worker = ThreadPoolExecutor(1, "prompts")
-        self._special_ids = frozenset(tokenizer.convert_tokens_to_ids(self._renderer.specials))
-        self._begin = [int(i) for i in tokenizer("")["input_ids"]]
         self._longest = max(len(t) for t in tokenizer.get_vocab())
-        self._placed = lru_cache(4096)(self._place)
 
     async def chat(self, turns: Sequence[Message], levels: Levels) -> list[int]:
         """Token ids of a conversation up to and including the code. Raises a Refusal for what the model cannot be asked."""
         chars = self._check_length(m["content"] for m in turns)
-        if chars <= _INLINE_CHARS:
-            return self._chat(self._renderer, turns, levels)
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._chat, self._own, turns, levels)
+        if chars <= _INLINE_CHARS and len(turns) <= _INLINE_TURNS:
+            return self._fitting(self._inline.chat(turns, levels))
+        return self._fitting(await self._run(self._beside.chat, turns, levels))
 
     async def plain(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of plain texts, each with the tokens that the model's texts begin with."""
         chars = self._check_length(texts)
-        if chars <= _INLINE_CHARS:
-            return self._plain(self._renderer, texts)
-        return await asyncio.get_running_loop().run_in_executor(self._worker, self._plain, self._own, texts)
+        found = self._inline.plain(texts) if chars <= _INLINE_CHARS else await self._run(self._beside.plain, texts)
+        return [self._fitting(ids) for ids in found]
 
     def token(self, token_id: int) -> str:
         """The text of one token."""
-        return str(self._renderer.tokenizer.decode([token_id]))
+        return str(self._inline.renderer.tokenizer.decode([token_id]))
 
-    def _chat(self, renderer: Renderer, turns: Sequence[Message], levels: Levels) -> list[int]:
-        try:
-            ids = renderer.render(turns, levels if self.coded else None)
-        except TemplateError as error:
-            raise Refusal(400, f"the model's chat template does not take this conversation: {error}", "messages") from None
-        self._check_specials(ids, self._placed(tuple(m["role"] for m in turns), levels), "messages")
-        return self._fitting(ids)
-
-    def _plain(self, renderer: Renderer, texts: Sequence[str]) -> list[list[int]]:
-        found = []
-        for text in texts:
-            ids = renderer.text_ids(text)
-            self._check_specials(ids, (), "prompt")
-            if not (ids := self._begin + ids):
-                raise Refusal(400, "prompt is empty; give some text", "prompt")
-            found.append(self._fitting(ids))
-        return found
-
-    def _place(self, roles: tuple[str, ...], levels: Levels) -> tuple[int, ...]:
-        """Special ids that the template places for turns of these roles."""
-        ids = self._renderer.render([Message(role=r, content="x") for r in roles], levels if self.coded else None)
-        return self._specials_in(ids)
-
-    def _specials_in(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(i for i in ids if i in self._special_ids)
-
-    def _check_specials(self, ids: Sequence[int], placed: tuple[int, ...], field: str) -> None:
-        if self._specials_in(ids) != placed:
-            raise Refusal(400, f"{field} holds text that the model's tokenizer reads as special tokens; remove it", field)
+    def _run(self, call: Callable[..., T], *arguments: Any) -> Awaitable[T]:
+        return asyncio.get_running_loop().run_in_executor(self._worker, call, *arguments)
 
     def _check_length(self, texts: Any) -> int:
         """Characters in all; refuses early what no tokenizer could fit into the context."""
@@ -103,6 +76,52 @@ class Prompts:
         if len(ids) >= self.max_context:
             raise _too_long(f"{len(ids)} tokens", self.max_context)
         return ids
+
+
+class _Checked:
+    """A renderer whose prompts are held against what the template places by itself."""
+
+    def __init__(self, renderer: Renderer, coded: bool) -> None:
+        self.renderer = renderer
+        self._coded = coded
+        self._special_ids = frozenset(renderer.tokenizer.convert_tokens_to_ids(renderer.specials))
+        self._begin = [int(i) for i in renderer.tokenizer("")["input_ids"]]
+        self._placed = lru_cache(_SHAPES)(self._place)
+
+    def chat(self, turns: Sequence[Message], levels: Levels) -> list[int]:
+        """A conversation's ids."""
+        ids = self._render(turns, levels)
+        shape = tuple((m["role"], bool(m["content"])) for m in turns)
+        self._check(ids, self._placed(shape, levels), "messages")
+        return ids
+
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids."""
+        found = []
+        for text in texts:
+            ids = self.renderer.text_ids(text)
+            self._check(ids, (), "prompt")
+            if not (ids := self._begin + ids):
+                raise Refusal(400, "prompt is empty; give some text", "prompt")
+            found.append(ids)
+        return found
+
+    def _render(self, turns: Sequence[Message], levels: Levels) -> list[int]:
+        try:
+            return self.renderer.render(turns, levels if self._coded else None)
+        except TemplateError as error:
+            raise Refusal(400, f"the model's chat template does not take this conversation: {error}", "messages") from None
+
+    def _place(self, shape: tuple[tuple[str, bool], ...], levels: Levels) -> tuple[int, ...]:
+        """Special ids that the template places for turns of these roles, with content or without."""
+        return self._specials_in(self._render([Message(role=r, content="x" * filled) for r, filled in shape], levels))
+
+    def _specials_in(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i in self._special_ids)
+
+    def _check(self, ids: Sequence[int], placed: tuple[int, ...], field: str) -> None:
+        if self._specials_in(ids) != placed:
+            raise Refusal(400, f"{field} holds text that the model's tokenizer reads as special tokens; remove it", field)
 
 
 def _too_long(what: str, context: int) -> Refusal:

@@ -14,6 +14,7 @@ from ctrlray.rewards.base import Floats
 from ctrlray.rewards.pool import RewardHost
 from ctrlray.rewards.rows import weighted
 from ctrlray.schema import Message
+from ctrlray.serve.handles import GONE
 from ctrlray.serve.refusal import Refusal
 
 
@@ -34,19 +35,21 @@ class RewardServer:
 class RewardJudge:
     """A `ctrlray.serve.served.Judge`: asks every reward, and turns scores into level units by the run's scales."""
 
-    def __init__(self, handles: Sequence[Any], control: config.Control, scales: Mapping[str, LevelScale]) -> None:
+    def __init__(
+        self, handles: Sequence[Any], control: config.Control, scales: Mapping[str, LevelScale], timeout_s: float
+    ) -> None:
         self._handles = list(handles)
         self._control = control
         self._scales = scales
+        self._timeout_s = timeout_s
 
     async def units(self, turns: Sequence[Message], texts: Sequence[str]) -> list[list[float]]:
         """Achieved levels of each text, in the dial's order; NaN where a reward failed."""
         chats = [list(turns)] * len(texts)
         try:
-            found = await asyncio.gather(*(h.score.remote(chats, list(texts)) for h in self._handles))
-        except asyncio.CancelledError:
-            raise
-        except Exception as error:
+            async with asyncio.timeout(self._timeout_s):
+                found = await asyncio.gather(*(h.score.remote(chats, list(texts)) for h in self._handles))
+        except (TimeoutError, *GONE) as error:
             raise Refusal(503, "a reward is not there; try again", code="reward_error", retry_after_s=5) from error
         columns = {name: values for scores, _ in found for name, values in scores.items()}
         return self._in_units(columns, len(texts))

@@ -1,12 +1,11 @@
-"""The HTTP side: routes, errors in OpenAI's form, server-sent events, and the description of it all. No other route exists."""
+"""The HTTP side: routes, errors in OpenAI's form, and the description of it all. No other route exists."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import re
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request
 from fastapi.exceptions import RequestValidationError
@@ -17,13 +16,13 @@ from ctrlray import __version__
 from ctrlray.serve.api import ChatRequest, CompletionRequest, ScoreRequest, Strict
 from ctrlray.serve.dial import from_header
 from ctrlray.serve.front import Front
-from ctrlray.serve.guard import App, Guard, Left, Receive, Scope, Send, encode
+from ctrlray.serve.guard import App, Guard, Left
 from ctrlray.serve.page import api_page
 from ctrlray.serve.policy import Key
 from ctrlray.serve.refusal import Refusal
+from ctrlray.serve.responses import EventStream, Reply, unless_left
 from ctrlray.serve.work import LEFT, Work
 
-T = TypeVar("T")
 PUBLIC = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
 _CLIENT_ERRORS = {400: "Bad request", 401: "No valid key", 403: "Out of the key's bounds", 404: "No such model or route"}
 _LIMITS = {413: "Body too large", 429: "Too many requests; see Retry-After", 503: "No engine; see Retry-After"}
@@ -41,68 +40,27 @@ _ABOUT = (
 )
 
 
-class Reply(Response):
-    """JSON that holds whatever a caller sent."""
+class _Described(FastAPI):
+    """Describes itself with the errors that there are, not with FastAPI's 422, and with the key that routes need."""
 
-    media_type = "application/json"
-
-    def render(self, content: Any) -> bytes:
-        """ASCII."""
-        return encode(content)
-
-
-class EventStream(Response):
-    """Server-sent events of one piece of work, which is closed however the stream ends."""
-
-    def __init__(self, work: Work) -> None:
-        self._work = work
-        fixed = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        self._pairs = [(k.lower().encode(), v.encode()) for k, v in (fixed | work.headers()).items()]
-        self.background = None
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send events until the end, or until the caller leaves."""
-        status = None
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": self._pairs})
-            await unless_left(receive, self._send(send))
-        except Left:
-            status = LEFT
-        except asyncio.CancelledError:
-            status = LEFT
-            raise
-        finally:
-            await self._work.close(status)
-
-    async def _send(self, send: Send) -> None:
-        async with contextlib.aclosing(self._work.events()) as events:
-            async for event in events:
-                await send({"type": "http.response.body", "body": event.encode("utf-8", "replace"), "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
-
-
-async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
-    """The result of some work, which is cancelled when the caller leaves. Raises Left then."""
-
-    async def left() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    doing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left())
-    try:
-        await asyncio.wait({doing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not doing.done():
-            raise Left
-        return doing.result()
-    finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.wait({doing, leaving})
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        found = super().openapi()
+        for path, methods in found["paths"].items():
+            for operation in methods.values():
+                operation["responses"].pop("422", None)
+                if path not in PUBLIC:
+                    operation["security"] = [{"key": []}]
+        parts = found.setdefault("components", {})
+        parts["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for name in ("HTTPValidationError", "ValidationError"):
+            parts.get("schemas", {}).pop(name, None)
+        return found
 
 
 def create_app(front: Front, max_body_bytes: int, body_timeout_s: float) -> App:
     """The whole application, its guard around it."""
-    app = FastAPI(title=_TITLE, version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
+    app = _Described(title=_TITLE, version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
     _add_answers(app, front)
     _add_facts(app, front)
     _add_pages(app)

@@ -49,7 +49,7 @@ class Ingress(Frozen):
     waiting: Annotated[int, Field(ge=0)] = 64
     """Requests per model that may wait beyond those that its engines hold at once; more are answered 429."""
     answer_timeout_s: Annotated[float, Field(gt=0)] = 600.0
-    """Longest wait for a whole answer, or for a stream's first token; then 503."""
+    """Longest wait for a whole answer, and for each next piece of a stream; then 503."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 10_000_000
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """A request body that takes longer to arrive is given up."""
