@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyarrow import fs
+
 from ctrlray import config, models, pipeline, runs
 from ctrlray.errors import ConfigError
 from ctrlray.serve.dial import Dial
-from ctrlray.serve.settings import ServeSettings, Source
+from ctrlray.serve.settings import NAME, ServeSettings, Source
 from ctrlray.stages.export import CARD, START
 from ctrlray.tables import Storage
 
@@ -65,13 +69,15 @@ def resolve(settings: ServeSettings) -> Catalog:
     found = [(source, _run_of(source)) for source in settings.models]
     entries = [e for source, run in found for e in _entries(source, run, settings)]
     names = [e.name for e in entries]
+    if odd := [n for n in names if not re.fullmatch(NAME, n)]:
+        raise ConfigError(f"{odd[0]!r} cannot be a model's name in the API; set models.name to letters, digits, `.`, `_` and `-`")
     if twice := sorted({n for n in names if names.count(n) > 1}):
         raise ConfigError(f"two models have the name {twice[0]!r}; set models.name for one of them")
     run = next((r for _, r in found if r is not None), None)
     if settings.rewards and run is None:
         raise ConfigError("rewards: true needs a run among the models; these are folders")
-    if not settings.rewards and (odd := [e.name for e in entries if not e.coded]):
-        raise ConfigError(f"{odd[0]!r} knows no control codes; serve it with `rewards: true`, which chooses among its answers")
+    if not settings.rewards and (plain := [e.name for e in entries if not e.coded]):
+        raise ConfigError(f"{plain[0]!r} knows no control codes; serve it with `rewards: true`, which chooses among its answers")
     if settings.rewards and run is not None:
         _check_same_dial(entries, run.job)
         return Catalog(tuple(entries), run.job, _scales(run))
@@ -83,14 +89,10 @@ def fetch(uri: str, folder: Path) -> Path:
     if folder.is_dir():
         return folder
     storage = Storage(uri)
-    names = storage.names()
-    if CARD not in names:
-        raise ConfigError(f"no exported model at {uri}: there is no {CARD}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     made = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
-        for name in names:
-            (made / name).write_bytes(storage.read_bytes(name))
+        fs.copy_files(storage.path(), str(made), storage.filesystem, fs.LocalFileSystem())
         made.rename(folder)
     except OSError:
         if not folder.is_dir():  # else another process was faster
@@ -119,7 +121,8 @@ def _entries(source: Source, run: pipeline.Run | None, settings: ServeSettings) 
         if source.methods:
             raise ConfigError(f"models: {source.model} is one exported model; methods are of runs")
         there = source.model if "://" in source.model else str(Path(source.model).expanduser().resolve())
-        return [_entry(source.name or Path(there).name, there, settings.max_context)]
+        name = Path(there.partition("?")[0] if "://" in there else there).name
+        return [_entry(source.name or name, there, settings.max_context)]
     context = settings.max_context or run.job.model.max_context
     name = source.name or run.job.name
     if not source.methods:
@@ -147,8 +150,6 @@ def _entry(name: str, source: str, max_context: int | None) -> Entry:
 
 def _stamp(storage: Storage) -> str:
     """Changes when the folder's files do."""
-    import hashlib
-
     infos = storage.filesystem.get_file_info([storage.path(n) for n in storage.names()])
     return hashlib.sha256(repr([(i.base_name, i.size, i.mtime_ns) for i in infos]).encode()).hexdigest()[:16]
 

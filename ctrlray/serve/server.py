@@ -12,6 +12,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
+from ctrlray.serve.bypass import refuse_bypass
 from ctrlray.serve.catalog import Entry
 from ctrlray.serve.stream import coalesce
 
@@ -23,6 +24,7 @@ class DialServer(LLMServer):  # type: ignore[misc]
     """One replica."""
 
     async def __init__(self, llm_config: LLMConfig, entry: Entry, stream_interval_s: float) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+        refuse_bypass()  # by this node's own environment
         entry.local()
         self._stream_interval_s = stream_interval_s
         await super().__init__(llm_config)

@@ -8,6 +8,9 @@ from pydantic import Field, model_validator
 
 from ctrlray.config import EngineSettings, Frozen, Pool
 
+NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+"""What names of models look like."""
+
 
 class Source(Frozen):
     """A model, or models of one run."""
@@ -16,7 +19,7 @@ class Source(Frozen):
     """An exported folder, a run's name, or a path or URI of either. Every node must see a folder at the same path."""
     methods: tuple[str, ...] = ()
     """Of a run: trained objectives, and `start` for the model before training (reranked); what it exported when empty."""
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")] | None = None
+    name: Annotated[str, Field(pattern=f"^{NAME}$")] | None = None
     """Name in the API, followed by `-<method>` where several methods are served; the run's or folder's name when unset."""
 
 
