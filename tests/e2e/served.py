@@ -57,9 +57,10 @@ class Server:
         command = [sys.executable, "-m", "ctrlray", "serve", run.job.root, "--policy", str(policy), "--port", str(self.port)]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
         self._log = log
+        command += [word for s in settings for word in ("--set", s)]
         with log.open("w") as sink:
-            command += [word for s in settings for word in ("--set", s)]
-            self.process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+            shared = {"stdout": sink, "stderr": subprocess.STDOUT, "env": environment}
+            self.process = subprocess.Popen(command, start_new_session=True, **shared)
 
     def wait(self) -> None:
         end = time.monotonic() + START_S

@@ -48,7 +48,7 @@ def server(run, policy_file, tmp_path_factory):
         yield made
     finally:
         status = made.stop()
-    assert status == 0 or "stopping" in log.read_text()
+    assert status == 0 and "stopping" in log.read_text()
 
 
 @pytest.fixture
@@ -105,19 +105,14 @@ def test_openai_client(server):
     assert answer.control == {"brevity": 2, "variety": 2} and len(answer.choices) == 2
     logprobs = answer.choices[0].logprobs.content
     assert len(logprobs[0].top_logprobs) == 3 and all(t.logprob <= 0 for t in logprobs)
-    stream = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "Hi"}], max_tokens=5, stream=True, stream_options={"include_usage": True}
-    )
-    chunks = list(stream)
+    messages = [{"role": "user", "content": "Hi"}]
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(client.chat.completions.create(model="tiny", messages=messages, max_tokens=5, **streaming))
     assert chunks[0].control == {"brevity": 1, "variety": 2} and chunks[-1].usage.completion_tokens > 0
     with pytest.raises(openai.PermissionDeniedError, match="variety=1"):
-        client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "Hi"}], extra_body={"control": {"variety": 1}}
-        )
+        client.chat.completions.create(model="tiny", messages=messages, extra_body={"control": {"variety": 1}})
     with pytest.raises(openai.BadRequestError, match="chat_template"):
-        client.chat.completions.create(
-            model="tiny", messages=[{"role": "user", "content": "Hi"}], extra_body={"chat_template": "x"}
-        )
+        client.chat.completions.create(model="tiny", messages=messages, extra_body={"chat_template": "x"})
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="ck-wrong").models.list()
 
@@ -147,8 +142,8 @@ def test_stop_and_plain_completions(admin):
 
 
 def test_rerank_by_the_runs_rewards(admin):
-    asked = ask(control_strategy="rerank", candidates=6, temperature=1.0, max_tokens=12, control={"brevity": 1, "variety": 2}, n=3)
-    choices = admin.post(CHAT, json=asked).json()["choices"]
+    asked = ask(control_strategy="rerank", candidates=6, temperature=1.0, max_tokens=12, n=3)
+    choices = admin.post(CHAT, json=asked | {"control": {"brevity": 1, "variety": 2}}).json()["choices"]
 
     def far(achieved):
         return abs(achieved["brevity"] - 1) + abs(achieved["variety"] - 2)
