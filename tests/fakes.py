@@ -142,6 +142,21 @@ def dialled_tokenizer(dial: Any, coded: bool = True) -> Any:
     return tokenizer
 
 
+def folding(tokenizer: Any) -> Any:
+    """The same tokenizer, but it folds case and Unicode's compatible forms before it looks for special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    for token in raw["added_tokens"]:
+        token["normalized"] = True
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)), **names)
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
 class FakeEngine:
     """Stands for a vLLM replica: keeps the orders that reach it, and answers each choice with the next of `texts`."""
 
