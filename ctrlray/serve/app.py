@@ -98,9 +98,9 @@ def _scaling(settings: ServeSettings) -> dict[str, Any]:
 
 
 def _reward(settings: ServeSettings, reward: config.Reward, number: int) -> Any:
-    pool = settings.reward_pool
-    options = _actor(pool.cpus) | {"num_gpus": pool.gpus}
-    made = serve.deployment(RewardServer, name=f"RewardServer:{number}", num_replicas=pool.min_size, ray_actor_options=options)
+    size = settings.scorers
+    options = _actor(size.cpus) | {"num_gpus": size.gpus}
+    made = serve.deployment(RewardServer, name=f"RewardServer:{number}", num_replicas=size.replicas, ray_actor_options=options)
     return made.bind(reward)
 
 

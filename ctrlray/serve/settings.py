@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ctrlray.config import EngineSettings, Frozen, Pool
+from ctrlray.config import EngineSettings, Frozen
 
 NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 """What names of models look like."""
@@ -60,6 +60,15 @@ class Ingress(Frozen):
     """Tokens that come within this time after a message travel in one; the first is sent at once."""
 
 
+class Scorers(Frozen):
+    """Servers of each reward, where rewards are served."""
+
+    replicas: Annotated[int, Field(ge=1)] = 1
+    cpus: Annotated[float, Field(ge=0)] = 0.25
+    """Logical CPUs that one reserves in Ray."""
+    gpus: Annotated[float, Field(ge=0)] = 0.0
+
+
 class ServeSettings(Frozen):
     """Everything that a served application is made of."""
 
@@ -74,8 +83,7 @@ class ServeSettings(Frozen):
     engine: EngineSettings = EngineSettings(max_num_seqs=64)
     replicas: Replicas = Replicas()
     ingress: Ingress = Ingress()
-    reward_pool: Pool = Pool(cpus=0.25)
-    """Replicas of each reward."""
+    scorers: Scorers = Scorers()
 
     @model_validator(mode="after")
     def _whole_gpus(self) -> ServeSettings:
