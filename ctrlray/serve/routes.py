@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
 from starlette.exceptions import HTTPException
 
 from ctrlray import __version__
@@ -30,6 +30,9 @@ _EXAMPLE = {"error": {"message": "…", "type": "invalid_request_error", "param"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"example": _EXAMPLE}}}
     for status, text in (_CLIENT_ERRORS | _LIMITS).items()
+}
+ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, or with `stream: true` its events", "content": {"text/event-stream": {}}}
 }
 _KIND = re.compile(r"\[|constrained|^str$")
 """Of the places that pydantic names: the kinds of a union, which are no fields."""
@@ -99,7 +102,7 @@ async def _answered(request: Request, work: Work) -> Response:
 
 
 def _add_answers(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/chat/completions", responses=ERRORS, tags=["answers"])
+    @app.post("/v1/chat/completions", responses=ERRORS | ANSWERS, tags=["answers"])
     async def chat_completions(
         body: ChatRequest, request: Request, x_control: Annotated[str | None, Header(max_length=1024)] = None
     ) -> Response:
@@ -107,7 +110,7 @@ def _add_answers(app: FastAPI, front: Front) -> None:
         work = await front.chat(body, _key(request), from_header(x_control or ""))
         return await _answered(request, work)
 
-    @app.post("/v1/completions", responses=ERRORS, tags=["answers"])
+    @app.post("/v1/completions", responses=ERRORS | ANSWERS, tags=["answers"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue plain text. There is no dial here, so a key needs the operator's leave for it."""
         return await _answered(request, await front.complete(body, _key(request)))
@@ -134,7 +137,9 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         """Attributes, levels and defaults inside of the key's bounds, and the key's limits."""
         return Reply(front.describe(_key(request)))
 
-    @app.get("/metrics", tags=["operation"])
+    refused = {status: ERRORS[status] for status in (401, 503)}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=refused, tags=["operation"])
     async def metrics() -> Response:
         """Requests, tokens and latency by model and level, for Prometheus."""
         return Response(await front.desk.metrics(), media_type="text/plain; version=0.0.4")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import json
+from importlib import import_module
+from pathlib import Path
 
 import pytest
+import yaml
 from click.testing import CliRunner
 
 from ctrlray.cli import main
+from ctrlray.config import parse
 from ctrlray.errors import ConfigError
 from ctrlray.serve import catalog, edge
 from ctrlray.serve.bypass import is_loopback, refuse_bypass, refuse_open
@@ -213,3 +217,13 @@ def test_headers_in_time_and_slow_bodies_are_none_of_its_business(monkeypatch):
 def test_endless_headers_end_the_connection(monkeypatch):
     closed = asyncio.run(connection(monkeypatch, [b"GET / HTTP/1.1\r\n", *[b"X: " + b"x" * 9000 + b"\r\n"] * 9], 0.0, 60.0))
     assert closed is not None
+
+
+def test_the_serve_config_is_one():
+    from ray.serve.schema import ServeDeploySchema
+
+    raw = yaml.safe_load((Path(__file__).parent.parent.parent / "cluster" / "serve.yaml").read_text())
+    (application,) = ServeDeploySchema.model_validate(raw).applications
+    assert parse(ServeSettings, application.args, where="args").replicas.max == 4
+    module, name = application.import_path.split(":")
+    assert callable(getattr(import_module(module), name))
