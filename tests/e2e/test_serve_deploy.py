@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -56,6 +57,11 @@ def ask(**fields):
     return {"model": "tiny-exmate", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 6} | fields
 
 
+def test_the_serve_config_names_it():
+    config = yaml.safe_load((Path(__file__).parent.parent.parent / "cluster" / "serve.yaml").read_text())
+    assert config["applications"][0]["import_path"] == f"{build.__module__}:{build.__name__}"
+
+
 def test_it_needs_a_policy_file(run):
     with pytest.raises(ConfigError, match="needs a policy file"):
         build({"models": [{"model": run.job.root}]})
@@ -77,7 +83,8 @@ def test_a_model_without_a_dial_is_reranked(client):
 
 
 def test_limits_hold_over_all_ingress_replicas(server):
-    with httpx.Client(base_url=server, headers={"Authorization": f"Bearer {FEW}"}, timeout=120) as few, ThreadPoolExecutor(12) as pool:
+    headers = {"Authorization": f"Bearer {FEW}"}
+    with httpx.Client(base_url=server, headers=headers, timeout=120) as few, ThreadPoolExecutor(12) as pool:
         statuses = list(pool.map(lambda _: few.post(CHAT, json=ask(max_tokens=1)).status_code, range(12)))
     assert sorted(statuses) == [200] * 5 + [429] * 7
 
