@@ -85,7 +85,7 @@ def _engine(settings: ServeSettings, entry: Entry, num_models: int) -> Any:
         experimental_configs={"stream_batching_interval_ms": 0},  # DialServer sends the first token at once
         log_engine_metrics=False,
     )
-    kwargs = {"entry": entry, "stream_interval_s": settings.ingress.stream_interval_ms / 1000}
+    kwargs = {"entry": entry, "spec": spec, "stream_interval_s": settings.ingress.stream_interval_ms / 1000}
     return build_llm_deployment(llm, deployment_cls=DialServer, bind_kwargs=kwargs)
 
 

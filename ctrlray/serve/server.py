@@ -5,6 +5,7 @@ Its other methods (chat with any template, tokenize, embeddings, ...) stay insid
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
 
+from ctrlray.engine.engine import EngineSpec
 from ctrlray.serve.bypass import refuse_bypass
 from ctrlray.serve.catalog import Entry
 from ctrlray.serve.stream import coalesce
@@ -23,8 +25,11 @@ _DONE = "[DONE]"
 class DialServer(LLMServer):  # type: ignore[misc]
     """One replica."""
 
-    async def __init__(self, llm_config: LLMConfig, entry: Entry, stream_interval_s: float) -> None:  # type: ignore[misc]  # Ray Serve awaits it
+    async def __init__(  # type: ignore[misc]  # Ray Serve awaits it
+        self, llm_config: LLMConfig, entry: Entry, spec: EngineSpec, stream_interval_s: float
+    ) -> None:
         refuse_bypass()  # by this node's own environment
+        os.environ.update(spec.device_environment())  # of this node's cores; the engine's processes inherit it
         entry.local()
         self._stream_interval_s = stream_interval_s
         await super().__init__(llm_config)

@@ -9,8 +9,10 @@ import httpx
 import pytest
 import yaml
 from ray import serve
+from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from ctrlray.errors import ConfigError
+from ctrlray.serve import api
 from ctrlray.serve.app import build
 from ctrlray.serve.policy import mint
 from tests.e2e.served import free_port, make_run
@@ -80,6 +82,22 @@ def test_a_model_without_a_dial_is_reranked(client):
     assert set(answer["choices"][0]["achieved"]) == {"brevity", "variety"} and answer["control"]["brevity"] == 1
     plain = client.post(CHAT, json=ask(control_strategy="dial")).json()["usage"]["prompt_tokens"]
     assert answer["usage"]["prompt_tokens"] == plain - 2  # no code
+
+
+THEIRS_AND_OURS = [
+    (ChatCompletionRequest, api.ChatRequest, CHAT),
+    (CompletionRequest, api.CompletionRequest, "/v1/completions"),
+]
+
+
+@pytest.mark.parametrize("theirs, ours, path", THEIRS_AND_OURS)
+def test_no_other_field_of_vllm_is_taken(client, theirs, ours, path):
+    others = set(theirs.model_fields) - set(ours.model_fields)
+    assert {"allowed_token_ids", "logit_bias", "add_special_tokens", "vllm_xargs", "prompt_logprobs"} <= others
+    body = ask() if path == CHAT else {"model": "tiny-exmate", "prompt": "x"}
+    for name in others:
+        refused = client.post(path, json=body | {name: 1})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
 
 
 def test_limits_hold_over_all_ingress_replicas(server):
