@@ -220,4 +220,4 @@ class FakeJudge:
     """Stands for the run's rewards: an answer achieves the levels that its first two characters say."""
 
     async def units(self, turns: Any, texts: Sequence[str]) -> list[list[float]]:
-        return [[float(c) if c.isdigit() else float("nan") for c in text[:2]] for text in texts]
+        return [[float(c) if c.isdigit() else float("nan") for c in text.ljust(2)[:2]] for text in texts]

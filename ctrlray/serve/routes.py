@@ -137,7 +137,7 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         """Attributes, levels and defaults inside of the key's bounds, and the key's limits."""
         return Reply(front.describe(_key(request)))
 
-    refused = {status: ERRORS[status] for status in (401, 503)}
+    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, tags=["operation"])
     async def metrics() -> Response:
