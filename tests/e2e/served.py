@@ -75,6 +75,8 @@ class Server:
 
     def stop(self) -> int:
         """Ask it to end; returns its exit status."""
+        if self.process.poll() is not None:
+            return self.process.returncode
         children = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         try:
