@@ -56,11 +56,11 @@ def main() -> None:
     by_method = {m: errors(run, m) for m in ("exmate", "ppo")}
     value, bounds = difference(by_method["exmate"], by_method["ppo"])
     curves = run.out("train").sub("ppo").read_json("curves.json")
-    kl = [p["kl"] for p in curves[-10:] if "kl" in p]
+    kl = float(np.mean([p["kl"] for p in curves[-10:] if "kl" in p]))
     figures = [
         figure("ppo job, minutes of its stages", "<= 60", round(minutes, 1), minutes <= 60),
         figure("control error, PPO - ExMATE, level units", "< 0, interval without 0", value, bounds[1] < 0, bounds),
-        figure("KL to the start at the end, nats per response", "<= 10", round(float(np.mean(kl)), 2), np.mean(kl) <= 10),
+        figure("KL to the start at the end, nats per response", "<= 10", round(kl, 2), kl <= 10),
     ]
     for method, found in by_method.items():
         mean = float(np.mean([error for errors_of_prompt in found.values() for error in errors_of_prompt]))

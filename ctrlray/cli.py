@@ -339,7 +339,7 @@ def _reward_options(function: Any) -> Any:
     return function
 
 
-@_command(_reward, "train", "Make a reward from human labels: heads on a frozen model, or a fine-tuned one.", _REWARD_TRAIN)
+@_command(_reward, "train", "Make a reward from human labels: linear heads, or a fine-tuned model.", _REWARD_TRAIN)
 @_reward_options
 @click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 def _reward_train(job: Path, overrides: tuple[str, ...], debug: bool) -> None:
@@ -360,6 +360,12 @@ def _train_reward(path: Path, overrides: Sequence[str]) -> str:
     with Console(str(job.folder)) as console:
         if job.method.type == "heads":
             return _fit_heads(job, path, console)
+        if job.method.type == "tfidf":
+            from ctrlray.rewards import tfidf_train
+
+            made = tfidf_train.card_text(tfidf_train.train_tfidf(job))
+            console.print(f"heads   {job.folder / job.name}.safetensors")
+            return made
         from ctrlray.rewards.finetune import card_text, finetune
 
         pipeline.start_ray(job.cluster)
@@ -389,7 +395,7 @@ def _fit_heads(job: RewardTrainJob, path: Path, console: Console) -> str:
 _REWARD_EVALUATE_TEXT = """Hold a reward against human labels, source by source.
 
 JOB is the file of an evaluation (name, reward, sources), or that of `reward train`, whose result is held against its valid
-files. REWARD is a model folder, a heads file or `embedded`; --data says what to hold it against."""
+files. REWARD is a model folder, a heads file, `embedded` or `tfidf`; --data says what to hold it against."""
 
 
 @_command(_reward, "evaluate", _REWARD_EVALUATE_TEXT, _REWARD_EVALUATE)

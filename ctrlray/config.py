@@ -136,7 +136,22 @@ class HubPrompts(Frozen):
     limit: Annotated[int, Field(ge=1)] | None = None
 
 
-PromptSource = Annotated[PackagedPrompts | FilePrompts | HHPrompts | HubPrompts, Field(discriminator="type")]
+class BenchmarkPrompts(Frozen):
+    """A published set: its file in `$CTRLRAY_DATA/prompts` where there is one, else its Hugging Face data set.
+
+    mt_bench (benign, arXiv 2306.05685): mt_bench_80.jsonl, or HuggingFaceH4/mt_bench_prompts. jailbreakbench (harmful, arXiv
+    2404.01318): jailbreakbench_100.json, or JailbreakBench/JBB-Behaviors. xstest (safe prompts that look harmful and harmful
+    ones beside them, labelled, arXiv 2308.01263): xstest_prompts.csv, or Paul/XSTest.
+    """
+
+    type: Literal["benchmark"] = "benchmark"
+    name: Literal["mt_bench", "jailbreakbench", "xstest"]
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
+PromptSource = Annotated[
+    PackagedPrompts | FilePrompts | HHPrompts | HubPrompts | BenchmarkPrompts, Field(discriminator="type")
+]
 
 
 class Prompts(Frozen):
@@ -220,7 +235,16 @@ class Generate(Frozen):
         return value
 
 
-class EmbeddedReward(Frozen):
+class AnyReward(Frozen):
+    """What every reward has."""
+
+    judge: bool = False
+    """Held out: it labels and trains nothing, and scores the evaluation beside the training rewards, under their outputs' names.
+
+    The judges of a job give the same attributes as its training rewards, so its outputs are named like theirs."""
+
+
+class EmbeddedReward(AnyReward):
     """Two linear heads (helpfulness, harmlessness) on the frozen SmolLM2; they ship with ctrlray."""
 
     type: Literal["embedded"] = "embedded"
@@ -235,7 +259,23 @@ class EmbeddedReward(Frozen):
         return ("helpfulness", "harmlessness") if self.heads is None else None
 
 
-class HFReward(Frozen):
+class TfidfReward(AnyReward):
+    """Two linear heads (helpfulness, harmlessness) on TF-IDF n-grams of the answer, from human labels of the judges' half.
+
+    They ship with ctrlray: no network, another architecture and other dialogues than `embedded`, so `judge: true` suits them.
+    """
+
+    type: Literal["tfidf"] = "tfidf"
+    heads: str | None = None
+    """A heads file from `ctrlray reward train` with `method: {type: tfidf}`; the packaged heads when unset."""
+
+    @property
+    def outputs(self) -> tuple[str, ...] | None:
+        """Attributes it gives; None when only the heads file knows."""
+        return ("helpfulness", "harmlessness") if self.heads is None else None
+
+
+class HFReward(AnyReward):
     """A sequence-classification model: a local folder or hub name."""
 
     type: Literal["hf"] = "hf"
@@ -253,7 +293,7 @@ class HFReward(Frozen):
         return self.attributes
 
 
-class FunctionReward(Frozen):
+class FunctionReward(AnyReward):
     """Your own Python function `module:callable(prompts, responses)`."""
 
     type: Literal["function"] = "function"
@@ -267,7 +307,7 @@ class FunctionReward(Frozen):
         return self.attributes
 
 
-class Endpoint(Frozen):
+class Endpoint(AnyReward):
     """How a reward over HTTP is called."""
 
     url: Annotated[str, Field(pattern=r"^https?://")]
@@ -334,7 +374,9 @@ class JudgeReward(Endpoint):
         return (self.attribute,)
 
 
-Reward = Annotated[EmbeddedReward | HFReward | FunctionReward | HTTPReward | JudgeReward, Field(discriminator="type")]
+Reward = Annotated[
+    EmbeddedReward | TfidfReward | HFReward | FunctionReward | HTTPReward | JudgeReward, Field(discriminator="type")
+]
 
 
 class Score(Frozen):
@@ -558,6 +600,28 @@ class Train(Optimization):
     """Held-out examples in those measurements; the last one takes them all."""
 
 
+class PromptSet(Frozen):
+    """Prompts of another kind than the run's own, answered under the same settings by the same methods."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_-]{0,31}$")]
+    """Names its results: metrics-<name>.json and the folder sets/<name>."""
+    role: Literal["ood", "over_refusal"] = "ood"
+    """ood: how the dial works out of its distribution. over_refusal: also the share of refusals by level, on rows that a column
+    `label` calls safe or unsafe; rows without such a label are quarantined."""
+    sources: Annotated[tuple[PromptSource, ...], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Prompts in all, drawn by hash, sources and labels taking turns; all of them when unset."""
+    attribute: str | None = None
+    """The dial that refusals are counted along; over_refusal needs it."""
+
+    @model_validator(mode="after")
+    def _has_a_dial(self) -> PromptSet:
+        if (self.role == "over_refusal") != (self.attribute is not None):
+            need = "needs `attribute`, the dial that refusals are counted along" if self.attribute is None else "takes none"
+            raise ValueError(f"set {self.name!r}: role={self.role}, attribute={self.attribute!r}: {self.role} {need}")
+        return self
+
+
 class Evaluate(Frozen):
     """The grid of dial settings on held-out prompts."""
 
@@ -573,6 +637,18 @@ class Evaluate(Frozen):
     batch_size: Annotated[int, Field(ge=1)] = 128
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples over prompts for the 95% intervals."""
+    judged_rollouts: Annotated[int, Field(ge=1)] = 1000
+    """Of PPO's rollouts, as many of each step, that judges score to tell reward hacking."""
+    sets: tuple[PromptSet, ...] = ()
+    """Other prompts to answer under the same settings; one engine start serves them all."""
+
+    @field_validator("sets")
+    @classmethod
+    def _names_differ(cls, value: tuple[PromptSet, ...]) -> tuple[PromptSet, ...]:
+        names = [s.name for s in value]
+        if len(set(names)) < len(names):
+            raise ValueError(f"names of sets must differ, got {names}")
+        return value
 
 
 class Export(Frozen):
@@ -670,6 +746,7 @@ class Job(Frozen):
             if not low <= level <= high:
                 raise ValueError(f"export.defaults.{key}={level} must lie in {low}..{high}")
         self._check_grid()
+        self._check_sets(names)
         types_ = [o.type for o in self.train.objectives]
         if len(set(types_)) < len(types_):
             raise ValueError(f"train.objectives: each type at most once, got {types_}")
@@ -700,16 +777,29 @@ class Job(Frozen):
                 )
 
     def _check_rewards(self) -> None:
-        known = [r.outputs for r in self.rewards if r.outputs is not None]
-        if twice := sorted(o for o, times in Counter(o for outputs in known for o in outputs).items() if times > 1):
-            raise ValueError(f"rewards: {twice[0]!r} is given twice, and one of the two would be lost; give each its own name")
-        if len(known) == len(self.rewards):
+        if not self.teachers:
+            raise ValueError("rewards: all of them are judges, so nothing labels the answers; add one without `judge: true`")
+        for rewards, what in ((self.teachers, "reward"), (self.judges, "judge")):
+            known = [r.outputs for r in rewards if r.outputs is not None]
+            if twice := sorted(o for o, times in Counter(o for outputs in known for o in outputs).items() if times > 1):
+                raise ValueError(
+                    f"rewards: {twice[0]!r} is given twice by a {what}, and one of the two would be lost; give each its own name"
+                )
+            if not rewards or len(known) < len(rewards):
+                continue
             given = set().union(*known)
             for a in self.control.attributes:
                 if missing := sorted(set(a.sources) - given):
+                    hint = "; name its outputs like the training rewards', or add a judge that does" if what == "judge" else ""
                     raise ValueError(
-                        f"control.attributes: no reward gives {missing[0]!r} for {a.name!r}; rewards give {sorted(given)}"
+                        f"control.attributes: no {what} gives {missing[0]!r} for {a.name!r}; {what}s give {sorted(given)}{hint}"
                     )
+
+    def _check_sets(self, names: Mapping[str, Attribute]) -> None:
+        for s in self.evaluate.sets:
+            if s.attribute is not None and s.attribute not in names:
+                what = f"evaluate.sets.{s.name}.attribute={s.attribute!r}"
+                raise ValueError(f"{what} is no attribute of the control space, which has {sorted(names)}")
 
     def _check_grid(self) -> None:
         if self.evaluate.levels is None:
@@ -719,6 +809,16 @@ class Job(Frozen):
         for a, wanted in zip(self.control.attributes, self.evaluate.levels, strict=True):
             if not wanted or min(wanted) < 1 or max(wanted) > a.levels:
                 raise ValueError(f"evaluate.levels for {a.name!r}: {list(wanted)} must lie in 1..{a.levels}")
+
+    @property
+    def teachers(self) -> tuple[Reward, ...]:
+        """Rewards that label the pool and reinforce."""
+        return tuple(r for r in self.rewards if not r.judge)
+
+    @property
+    def judges(self) -> tuple[Reward, ...]:
+        """Rewards that only the evaluation asks."""
+        return tuple(r for r in self.rewards if r.judge)
 
     @property
     def root(self) -> str:

@@ -48,7 +48,7 @@ def held(job: config.Job, cores: int) -> dict[str, Held]:
     PPO's engines and rewards hold while it trains are added by `cost`.
     """
     engines, rewards, train = job.generate.pool, job.score.pool, job.train
-    tensor_parallel, num_rewards = job.generate.engine.tensor_parallel, len(job.rewards)
+    tensor_parallel, num_rewards = job.generate.engine.tensor_parallel, len(job.teachers)
     engine_cpus = float(cores) if engines.max_size == 1 else engines.max_size * engines.cpus
     engine = _held(engines.max_size * engines.gpus * tensor_parallel, engine_cpus)
     return {

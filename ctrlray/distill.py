@@ -154,6 +154,11 @@ def distill(pool: pa.Table, control: config.Control, settings: config.Distill, s
     )
 
 
+def usable(pool: pa.Table, keep_truncated: bool) -> list[int]:
+    """Rows of a pool, sorted by response_id, that scales are fitted on: finished unless told otherwise, not empty, no repeats."""
+    return [i for i, reason in enumerate(_unusable(pool, keep_truncated)) if not reason]
+
+
 def water_fill(counts: Sequence[int], budget: int) -> list[int]:
     """How many each cell keeps: min(count, t), t the highest water line that fits the budget; the largest lose first.
 

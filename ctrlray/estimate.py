@@ -17,6 +17,9 @@ FORWARD_SHARE = 1 / 3
 """Of a training pass that its forward half takes."""
 PROMPT_TOKENS = 60
 """Assumed length of a rendered prompt."""
+ASSUMED_PROMPTS = 100
+"""Of a source of a prompt set whose size is not told by its settings."""
+_SIZES = {"packaged": 256, "mt_bench": 80, "jailbreakbench": 100, "xstest": 450}
 
 
 class Estimate(NamedTuple):
@@ -37,6 +40,12 @@ def _reinforced(ppo: config.PPO, scale: float) -> tuple[int, float]:
     return trained, ENGINE_START_S + (sampled / GENERATE_TOKENS + trained * passes / TRAIN_TOKENS) * scale + rollouts / SCORE_ROWS
 
 
+def _size(wanted: config.PromptSet) -> int:
+    """Prompts of a set at most, as far as its settings tell."""
+    known = [getattr(s, "limit", None) or _SIZES.get(getattr(s, "name", s.type), ASSUMED_PROMPTS) for s in wanted.sources]
+    return min(wanted.limit or sum(known), sum(known))
+
+
 def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[Estimate]:
     """Upper bounds: every answer takes max_tokens, every example survives to max_examples."""
     scale = parameters / REFERENCE_PARAMETERS
@@ -45,7 +54,7 @@ def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[
     sampled = answers * job.generate.sampling.max_tokens
     cells = prod(len(v) for v in job.evaluate.levels) if job.evaluate.levels else prod(a.levels for a in job.control.attributes)
     per_prompt = job.evaluate.samples * (cells * (len(job.evaluate.methods) + len(job.train.objectives)))
-    graded = job.prompts.eval * per_prompt
+    graded = (job.prompts.eval + sum(_size(s) for s in job.evaluate.sets)) * per_prompt
     examples = min(job.distill.max_examples, answers)
     branches = 1 + job.distill.counterfactuals
     length = PROMPT_TOKENS + branches * job.generate.sampling.max_tokens

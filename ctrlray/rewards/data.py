@@ -26,6 +26,8 @@ from ctrlray.rewards.job import RewardTrainJob
 from ctrlray.schema import ROLES, Message, first_human_turn
 
 Format = Literal["hh", "pairs", "ratings"]
+KEPT = {False: "kept for the judge", True: "kept for the reward"}
+"""Why a training row of the other half is left out, by whether a judge is made."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def read_labels(path: str | Path, attributes: Sequence[str] = ()) -> Labels:
 
 
 def read_parts(job: RewardTrainJob) -> dict[str, Labels]:
-    """The labels of every `train/<attribute>` and `valid/<attribute>` of a job, training rows less the judge's half.
+    """The labels of every `train/<attribute>` and `valid/<attribute>` of a job, training rows of the halves that it may see.
 
     Raises DataError where fewer than two rows are left.
     """
@@ -102,19 +104,30 @@ def read_parts(job: RewardTrainJob) -> dict[str, Labels]:
         for split, path in (("train", a.train), ("valid", a.valid)):
             found = read_labels(path, [a.name])
             pairs, rated, dropped = list(found.pairs), list(found.rated), dict(found.dropped)
-            if split == "train" and job.reserve_judge_half:
-                pairs = [p for p in pairs if not judge_half(first_human_turn(p.messages))]
-                rated = [r for r in rated if not judge_half(first_human_turn(r.messages))]
-                dropped["kept for the judge"] = len(found) - len(pairs) - len(rated)
+            if split == "train" and (job.judge or job.reserve_judge_half):
+                pairs = [p for p in pairs if judge_half(first_human_turn(p.messages)) == job.judge]
+                rated = [r for r in rated if judge_half(first_human_turn(r.messages)) == job.judge]
+                dropped[KEPT[job.judge]] = len(found) - len(pairs) - len(rated)
             labels = Labels(found.format, tuple(pairs[: job.max_pairs]), tuple(rated[: job.max_pairs]), dropped)
             if len(labels) < 2:
-                hint = "; reserve_judge_half=false would use the judge's" if dropped.get("kept for the judge") else ""
+                hint = "; reserve_judge_half=false would use the judge's" if dropped.get(KEPT[False]) else ""
                 raise DataError(
                     f"attributes.{a.name}.{split}={path!r}: {len(labels)} usable rows, at least 2 are needed; not used: "
                     f"{dropped}{hint}"
                 )
             parts[f"{split}/{a.name}"] = labels
     return parts
+
+
+def preference_pairs(labels: Mapping[str, Labels]) -> dict[str, Sequence[Pair]]:
+    """The pairs of every part. Raises DataError where a part holds ratings, which linear heads cannot learn from."""
+    for part, found in labels.items():
+        if found.format == "ratings":
+            raise DataError(
+                f"attributes.{part.partition('/')[2]}: ratings, but heads are fitted to preference pairs; give pairs, or set "
+                "method.type=finetune"
+            )
+    return {part: found.pairs for part, found in labels.items()}
 
 
 def _file(path: str | Path) -> Path:

@@ -21,6 +21,7 @@ from ctrlray.rewards import measure
 from ctrlray.rewards.data import Labels, read_labels
 from ctrlray.rewards.heads import Floats, Heads, Ints
 from ctrlray.rewards.job import LabelledSource, RewardEvaluateJob
+from ctrlray.rewards.tfidf import TfidfHeads
 from ctrlray.schema import Message, prompt_id
 from ctrlray.tables import Storage
 
@@ -76,8 +77,9 @@ def outputs_of(reward: config.Reward) -> tuple[str, ...]:
     """Names of a reward's outputs, without building it."""
     if reward.outputs is not None:
         return reward.outputs
-    assert isinstance(reward, config.EmbeddedReward) and reward.heads is not None
-    return Heads.load(reward.heads).attributes
+    assert isinstance(reward, config.EmbeddedReward | config.TfidfReward) and reward.heads is not None
+    heads = TfidfHeads if isinstance(reward, config.TfidfReward) else Heads
+    return heads.load(reward.heads).attributes
 
 
 def _labels(source: LabelledSource, outputs: Sequence[str], limit: int | None) -> Labels:

@@ -30,6 +30,7 @@ from ctrlray.rewards.data import Labels, read_parts
 from ctrlray.rewards.evaluate import measure_sources, sources_text
 from ctrlray.rewards.hf import UNITS
 from ctrlray.rewards.job import FineTune, RewardTrainJob
+from ctrlray.rewards.measure import half_text
 from ctrlray.rewards.target import evaluation_of_trained
 from ctrlray.tables import Storage, from_rows
 
@@ -246,6 +247,7 @@ def _card(
         "data": {
             "rows": {part: {"format": found.format, "rows": len(found)} for part, found in parts.items()},
             "dropped": {part: {**found.dropped, **lost[part]} for part, found in parts.items()},
+            "judge": job.judge,
             "judge_half_reserved": job.reserve_judge_half,
         },
         "method": job.method.model_dump(mode="json"),
@@ -275,8 +277,8 @@ def card_text(card: Mapping[str, Any]) -> str:
     for part, rows in data["rows"].items():
         left_out = ", ".join(f"{n} {reason}" for reason, n in data["dropped"][part].items() if n) or "-"
         lines.append(f"| {part} | {rows['format']} | {rows['rows']} | {left_out} |")
-    if data["judge_half_reserved"]:
-        lines += ["", "The half of the training dialogues whose first human turn falls to held-out judges was not used."]
+    if half := half_text(data):
+        lines += ["", half]
     scaled = {name: u for name, u in card["units"].items() if data["rows"][f"train/{name}"]["format"] == "ratings"}
     if scaled:
         lines += ["", "A logit is in standard units; a rating is mean + std x logit, which ctrlray applies by itself:"]

@@ -57,6 +57,42 @@ class LinearHeads(Frozen):
     """Share of the pool's prompts that the fit sees; correlations are reported on the others."""
 
 
+class NGramFit(Frozen):
+    """Which n-grams count and what pulls on the fit; see `ctrlray.rewards.tfidf` and `ctrlray.rewards.heads.Objective`."""
+
+    words: tuple[Annotated[int, Field(ge=1, le=5)], ...] = (1, 2)
+    """Lengths of n-grams of words."""
+    chars: tuple[Annotated[int, Field(ge=1, le=8)], ...] = (3, 4, 5)
+    """Lengths of n-grams of characters within a word."""
+    min_count: Annotated[int, Field(ge=1)] = 3
+    """Training answers that an n-gram must stand in to count."""
+    l2: Annotated[float, Field(gt=0)] = 0.003
+    cross: Annotated[float, Field(ge=0)] = 0.0
+    pair_length: Annotated[float, Field(ge=0)] = 0.0
+
+    @property
+    def penalties(self) -> Penalties:
+        """The plain numbers that the fit takes; those that need a pool of answers are 0."""
+        return Penalties(self.l2, self.cross, 0.0, self.pair_length, 0.0)
+
+    @model_validator(mode="after")
+    def _some(self) -> NGramFit:
+        if not self.words and not self.chars:
+            raise ValueError("words and chars are both empty, so no n-gram counts; name a length in one of them")
+        return self
+
+
+class LinearTfidf(Frozen):
+    """No network at all: one linear head per attribute on TF-IDF n-grams of the answer, fitted to pairs in seconds."""
+
+    type: Literal["tfidf"] = "tfidf"
+    fit: NGramFit = NGramFit()
+    trials: dict[str, NGramFit] = Field(default_factory=dict)
+    """Other settings to fit and list in the card beside the chosen one."""
+    folds: Annotated[int, Field(ge=2)] = 4
+    """Parts of the training rows, by first human turn, that take turns at being held out: how settings are compared."""
+
+
 class FineTune(Optimization):
     """LoRA or full fine-tuning of a sequence classifier with one logit per attribute.
 
@@ -80,7 +116,7 @@ class FineTune(Optimization):
     """Held-out rows in those measurements; the card is measured on all."""
 
 
-Method = Annotated[LinearHeads | FineTune, Field(discriminator="type")]
+Method = Annotated[LinearHeads | LinearTfidf | FineTune, Field(discriminator="type")]
 
 
 class RewardTrainJob(Frozen):
@@ -92,11 +128,13 @@ class RewardTrainJob(Frozen):
     """Absolute folder for them; the user's data directory when unset. Several workers must all reach it."""
     seed: int = 0
     model: Model = Model()
-    """What is built on: frozen under heads; a causal model or a sequence classifier to be fine-tuned."""
+    """What is built on: frozen under heads; a causal model or a sequence classifier to be fine-tuned; unused by tfidf."""
     attributes: Annotated[tuple[LabelFiles, ...], Field(min_length=1)]
     method: Method = LinearHeads()
     reserve_judge_half: bool = True
     """Leave out the training rows that belong to held-out judges: half of them, by first human turn."""
+    judge: bool = False
+    """Make a held-out judge: learn from the half that `reserve_judge_half` leaves out, and from no other row."""
     max_pairs: Annotated[int, Field(ge=4)] | None = None
     """Pairs or ratings per file; for trials."""
     max_tokens: Annotated[int, Field(ge=16)] = 1024
@@ -121,7 +159,7 @@ class RewardTrainJob(Frozen):
         """Where results are written."""
         if self.out:
             return Path(self.out).expanduser()
-        return config.data_home() / ("heads" if self.method.type == "heads" else "rewards")
+        return config.data_home() / ("rewards" if self.method.type == "finetune" else "heads")
 
 
 class LabelledSource(Frozen):

@@ -8,15 +8,28 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Preferences, within
+from ctrlray.rewards.heads import Answers, Floats, Ints, Preferences, within
 
 Estimate = list[float]
 """[value, low, high], the last two a 95% interval."""
 _Z = 1.959963984540054
+
+
+class Heads(Protocol):
+    """Linear heads of any kind of features, dense or sparse."""
+
+    @property
+    def attributes(self) -> tuple[str, ...]:
+        """Names of the heads."""
+        ...
+
+    def score(self, features: Any) -> Floats:
+        """Scores [N, A] of features [N, F]."""
+        ...
 
 
 def wilson(wins: float, total: int) -> Estimate:
@@ -156,8 +169,8 @@ def card_text(card: Mapping[str, Any]) -> str:
         + "; ".join(f"{part} {n}" for part, n in data["pairs"].items())
         + ".",
     ]
-    if data["judge_half_reserved"]:
-        lines.append("The half of the training dialogues whose first human turn falls to held-out judges was not used.")
+    if half := half_text(data):
+        lines.append(half)
     pool = data["pool"]
     if pool["answers"]:
         lines.append(
@@ -180,6 +193,15 @@ def card_text(card: Mapping[str, Any]) -> str:
         lines += [f"| {n} with log length | {show(m['length_correlation'])} |" for n, m in measured["attributes"].items()]
     lines += ["", "## What was tried", *_trials(card)]
     return "\n".join(lines) + "\n"
+
+
+def half_text(data: Mapping[str, Any]) -> str:
+    """Which half of the training dialogues was learned from; empty when it was both."""
+    if data.get("judge"):
+        return "Only the half of the training dialogues whose first human turn falls to held-out judges was used."
+    if data["judge_half_reserved"]:
+        return "The half of the training dialogues whose first human turn falls to held-out judges was not used."
+    return ""
 
 
 def _trials(card: Mapping[str, Any]) -> list[str]:

@@ -24,6 +24,10 @@ def build(reward: config.Reward) -> Scorer:
 
             folder = models.resolve(config.Model(name=reward.model))
             return EmbeddedReward(folder, Path(reward.heads) if reward.heads else None)
+        case config.TfidfReward():
+            from ctrlray.rewards.tfidf import TfidfScorer
+
+            return TfidfScorer(reward.heads)
         case config.HFReward():
             from ctrlray.rewards.hf import HFScorer
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,9 @@ import pyarrow as pa
 
 from ctrlray import config, models
 from ctrlray.errors import ConfigError, DataError
-from ctrlray.hh import Pair
 from ctrlray.ledger import Progress, Silent
 from ctrlray.rewards import measure
-from ctrlray.rewards.data import Labels, read_parts
+from ctrlray.rewards.data import preference_pairs, read_parts
 from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Preferences, fit_heads
 from ctrlray.rewards.job import Fit, RewardTrainJob
 from ctrlray.schema import MESSAGES, Message, digest, prompt_id
@@ -71,7 +70,7 @@ def train_heads(
     if method.type != "heads":
         raise ConfigError(f"method.type={method.type!r}: `train_heads` fits heads; call `finetune` for this job")
     labels = read_parts(job)
-    pairs = _pairs(labels)
+    pairs = preference_pairs(labels)
     rows = [_Row(part, p.messages, text) for part, ps in pairs.items() for p in ps for text in (p.chosen, p.rejected)]
     rows += [_Row("pool", tuple(m), r) for m, r in pool]
     every = [method.fit, *method.trials.values()]
@@ -106,6 +105,7 @@ def train_heads(
         "data": {
             "pairs": {part: len(ps) for part, ps in pairs.items()},
             "dropped": {part: dict(found.dropped) for part, found in labels.items()},
+            "judge": job.judge,
             "judge_half_reserved": job.reserve_judge_half,
             "pool": {"answers": len(pool), "prompts": len(set(groups)), "fit_prompts": len(set(groups[seen]))},
         },
@@ -210,16 +210,6 @@ def read_pool(path: str) -> list[PoolRow]:
         return [(r["messages"], r["response"]) for r in finished]
     except (KeyError, TypeError, AttributeError) as error:
         raise DataError(f"method.pool={path!r}: rows need `messages` and `response` ({error!r})") from error
-
-
-def _pairs(labels: Mapping[str, Labels]) -> dict[str, Sequence[Pair]]:
-    for part, found in labels.items():
-        if found.format == "ratings":
-            raise DataError(
-                f"attributes.{part.partition('/')[2]}: ratings, but heads are fitted to preference pairs; give pairs, or set "
-                "method.type=finetune"
-            )
-    return {part: found.pairs for part, found in labels.items()}
 
 
 def _preferences(features: Floats, lengths: Floats, rows: Any) -> Preferences:

@@ -30,6 +30,8 @@ class Row(NamedTuple):
     name: str
     messages: list[Message] | None
     error: str = ""
+    label: str = ""
+    """What the source's column `label` says of the prompt; empty where it has none."""
 
 
 def run(settings: config.Prompts, seed: int, out: Storage, progress: Progress) -> StageResult:
@@ -106,8 +108,29 @@ def read_source(source: config.PromptSource) -> Iterator[Row]:
             path = expand(source.path)
             for number, raw in _records(path, source.limit):
                 yield _row(f"{path.name}#{number}", raw, source.column)
+        case config.BenchmarkPrompts():
+            yield from read_source(benchmark(source))
         case config.HubPrompts():
             yield from _hub_rows(source)
+
+
+_BENCHMARKS: dict[str, tuple[str, config.HubPrompts]] = {
+    "mt_bench": ("mt_bench_80.jsonl", config.HubPrompts(name="HuggingFaceH4/mt_bench_prompts", column="prompt")),
+    "jailbreakbench": (
+        "jailbreakbench_100.json",
+        config.HubPrompts(name="JailbreakBench/JBB-Behaviors", config="behaviors", split="harmful", column="Goal"),
+    ),
+    "xstest": ("xstest_prompts.csv", config.HubPrompts(name="Paul/XSTest", column="prompt")),
+}
+
+
+def benchmark(source: config.BenchmarkPrompts) -> config.FilePrompts | config.HubPrompts:
+    """Where a published set is read from: its file below `$CTRLRAY_DATA` if that is there, else the hub."""
+    name, hub = _BENCHMARKS[source.name]
+    file = Path(os.environ.get("CTRLRAY_DATA", "")) / "prompts" / name
+    if os.environ.get("CTRLRAY_DATA") and file.is_file():
+        return config.FilePrompts(path=str(file), limit=source.limit)
+    return hub.model_copy(update={"limit": source.limit})
 
 
 def expand(path: str) -> Path:
@@ -136,12 +159,13 @@ def _row(name: str, raw: Any, column: str | None) -> Row:
     key = column or next((c for c in _COLUMNS if c in raw), None)
     if key is None or key not in raw:
         return Row(name, None, f"no column {column or ' or '.join(_COLUMNS)}; it has {sorted(map(str, raw))}")
-    value = raw[key]
+    value, label = raw[key], raw["label"] if isinstance(raw.get("label"), str) else ""
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = value[0]  # a list of user turns (MT-bench): the opening
     if isinstance(value, str):
-        return Row(name, [Message(role="user", content=value)]) if value.strip() else Row(name, None, f"{key} is empty")
-    return _conversation(name, key, value)
+        asked = [Message(role="user", content=value)]
+        return Row(name, asked, label=label) if value.strip() else Row(name, None, f"{key} is empty")
+    return _conversation(name, key, value)._replace(label=label)
 
 
 def _conversation(name: str, key: str, value: Any) -> Row:

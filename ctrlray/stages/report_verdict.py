@@ -31,6 +31,9 @@ ADVICE = {
         "Rows went missing without a reason: do not trust this run's numbers; look at the tables of the stage "
         "that is named, and report it as a bug."
     ),
+    "reward-and-judge-part": (
+        "Reward hacking: raise the objective's kl.coefficient or train for fewer steps, and read answers of the last ones."
+    ),
     "most-answers-truncated": "Raise sampling.max_tokens, or add a behaviour that asks for short complete answers.",
     "rows-quarantined": "Read the quarantine table: it holds each row's id and error.",
     "no-code-gap": "The model does not read its code: more epochs, a higher control_rate, or a larger ExMATE weight.",

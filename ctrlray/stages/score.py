@@ -121,21 +121,23 @@ class WriteScores:
         return batch.select([c for c in ("response_id", "token_ids") if c in batch.column_names])
 
 
-def journals(job: config.Job, out: Storage) -> list[Journal]:
+def journals(rewards: Sequence[config.Reward], out: Storage) -> list[Journal]:
     """The notes of what each reward's actors are working on."""
-    return [Journal(out.sub(IN_FLIGHT, str(i))) for i in range(len(job.rewards))]
+    return [Journal(out.sub(IN_FLIGHT, str(i))) for i in range(len(rewards))]
 
 
-def patience_of(stage: str, job: config.Job, out: Storage) -> Patience:
-    """Patience with scoring below `out`."""
-    return patience(stage, job.cluster.stall_timeout_s, journals(job, out))
+def patience_of(stage: str, job: config.Job, rewards: Sequence[config.Reward], out: Storage) -> Patience:
+    """Patience with scoring by `rewards` below `out`."""
+    return patience(stage, job.cluster.stall_timeout_s, journals(rewards, out))
 
 
-def score_stream(rows: ray.data.Dataset, job: config.Job, conversations: Conversations, out: Storage) -> ray.data.Dataset:
+def score_stream(
+    rows: ray.data.Dataset, job: config.Job, rewards: Sequence[config.Reward], conversations: Conversations, out: Storage
+) -> ray.data.Dataset:
     """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
     shared = ray.put(dict(conversations))
     Journal(out.sub(IN_FLIGHT)).clear()
-    for reward, journal in zip(job.rewards, journals(job, out), strict=True):
+    for reward, journal in zip(rewards, journals(rewards, out), strict=True):
         rows = rows.map_batches(
             ScoreBatch,
             fn_constructor_args=(reward, shared, job.distill.keep_truncated, journal),
@@ -166,7 +168,8 @@ def run(responses: pa.Table, conversations: Conversations, job: config.Job, out:
     if pending.num_rows:
         progress.note("starting reward actors")
         blocks = slices(pending.select(["response_id", "prompt_id", "text"]), job.score.batch_size)
-        consume(score_stream(ray.data.from_arrow(blocks), job, conversations, out), progress, patience_of("score", job, out))
+        stream = score_stream(ray.data.from_arrow(blocks), job, job.teachers, conversations, out)
+        consume(stream, progress, patience_of("score", job, job.teachers, out))
     streamed = bool(finished.num_rows) and not pending.num_rows
     return _accounts(responses, finished, names, out, {"streamed_behind": "generate"} if streamed else {})
 

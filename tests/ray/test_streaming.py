@@ -109,7 +109,7 @@ def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, mon
     """The first score is on storage before half of the answers are."""
     made, gen, sc = job(), Storage(str(tmp_path / "g")), Storage(str(tmp_path / "s"))
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
-    result = sample(made, prompts, base, gen, monkeypatch, lambda ds: score.score_stream(ds, made, chats, sc))
+    result = sample(made, prompts, base, gen, monkeypatch, lambda ds: score.score_stream(ds, made, made.teachers, chats, sc))
     assert result.rows_out == 64
     answered = sorted(p.stat().st_mtime for p in (tmp_path / "g" / "responses").glob("*.parquet"))
     scored = sorted(p.stat().st_mtime for p in (tmp_path / "s" / "scores").glob("*.parquet"))

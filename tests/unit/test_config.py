@@ -18,6 +18,7 @@ from ctrlray.estimate import estimate
 ROOT = Path(__file__).parents[2]
 CONTROL = {"attributes": [{"name": "brevity", "levels": 3}]}
 JUDGE = {"type": "judge", "url": "http://h/v1", "model": "m", "attribute": "brevity", "rubric": "r"}
+SET = {"name": "x", "sources": [{"type": "packaged"}]}
 REWARD = [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity"]}]
 
 
@@ -125,6 +126,19 @@ def test_ppo_with_a_critic_may_have_groups_of_one():
         ({"evaluate": {"levels": [[0, 1]]}}, "must lie in 1..3"),
         ({"evaluate": {"levels": [[]]}}, "must lie in 1..3"),
         ({"rewards": REWARD * 2}, "rewards: 'brevity' is given twice.*its own name"),
+        ({"rewards": [REWARD[0] | {"judge": True}]}, "all of them are judges.*add one without"),
+        ({"rewards": REWARD + [REWARD[0] | {"judge": True}] * 2}, "'brevity' is given twice by a judge"),
+        (
+            {"rewards": [*REWARD, {"type": "tfidf", "judge": True}]},
+            "no judge gives 'brevity' for 'brevity'; judges give .*'helpfulness'.*; name its outputs like",
+        ),
+        ({"evaluate": {"sets": [SET | {"role": "over_refusal"}]}}, "role=over_refusal, attribute=None: .* needs `attribute`"),
+        ({"evaluate": {"sets": [SET | {"attribute": "brevity"}]}}, "role=ood, attribute='brevity': ood takes none"),
+        (
+            {"evaluate": {"sets": [SET | {"role": "over_refusal", "attribute": "charm"}]}},
+            r"evaluate.sets.x.attribute='charm' is no attribute of the control space, which has \['brevity'\]",
+        ),
+        ({"evaluate": {"sets": [SET, SET]}}, r"names of sets must differ, got \['x', 'x'\]"),
         ({"train": {"learning_rate": math.inf}}, "learning_rate: .* finite"),
         ({"train": {"epochs": math.inf}}, "epochs: .* finite"),
     ],
@@ -145,6 +159,14 @@ def test_estimate_by_hand():
     rows = {r.stage: r for r in estimate(config.load_job("smoke"))}
     assert rows["generate"].rows == 12 * 4 and rows["generate"].tokens == 48 * 32
     assert rows["evaluate"].rows == 4 * 4 * 3  # prompts x cells x (start, prompting, exmate)
+
+
+def test_estimate_counts_the_prompts_of_sets():
+    benchmarks = [{"type": "benchmark", "name": "mt_bench"}, {"type": "benchmark", "name": "xstest", "limit": 9}]
+    sets = [{"name": "a", "sources": benchmarks}, {"name": "b", "sources": benchmarks, "limit": 50}]
+    made = config.load_job("smoke", [f"evaluate.sets={yaml.safe_dump(sets, default_flow_style=True)}"])
+    rows = {r.stage: r for r in estimate(made)}
+    assert rows["evaluate"].rows == (4 + 89 + 50) * 4 * 3
 
 
 def test_cli_prints_one_readable_error():
@@ -200,6 +222,12 @@ def test_an_attribute_can_add_up_several_outputs():
     raw["rewards"][0]["attributes"] = ["warm"]
     with pytest.raises(ConfigError, match="no reward gives 'curt'"):
         config.parse(config.Job, raw, where="test")
+
+
+def test_judges_stand_apart_from_what_trains():
+    made = job(rewards=[REWARD[0] | {"judge": True, "target": "m:g"}, *REWARD])
+    assert [r.target for r in made.teachers] == ["tests.fakes:length_reward"] and [r.target for r in made.judges] == ["m:g"]
+    assert job().judges == ()
 
 
 def test_heads_files_may_give_outputs_that_the_job_cannot_know():

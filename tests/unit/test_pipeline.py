@@ -234,6 +234,54 @@ def test_how_a_reward_is_asked_changes_no_score():
     assert redone(before, job(rewards=[asked | {"url": "http://t/v1"}])) == FROM["score"]
 
 
+JUDGE = {"type": "function", "target": "m:f", "attributes": ["brevity"], "judge": True}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ([], [JUDGE]),
+        ([JUDGE], [JUDGE | {"target": "m:g"}]),
+        ([JUDGE], [{"type": "http", "url": "http://s/v1", "attributes": ["brevity"], "judge": True}]),
+    ],
+)
+def test_judges_redo_the_evaluation_and_nothing_else(before, after):
+    for first in (True, False):  # wherever they stand among the rewards
+
+        def with_judges(judges, first=first):
+            return job(rewards=[*judges, *RAW["rewards"]] if first else [*RAW["rewards"], *judges])
+
+        assert redone(with_judges(before), with_judges(after)) == ["evaluate", "report"]
+
+
+def test_a_judge_s_heads_are_seen_by_their_bytes(tmp_path):
+    heads = tmp_path / "j.safetensors"
+    heads.write_bytes(b"one")
+    made = job(rewards=[*RAW["rewards"], {"type": "tfidf", "heads": str(heads), "judge": True}])
+    before = Run(made).keys
+    heads.write_bytes(b"two")
+    assert [s for s in STAGES if Run(made).keys[s] != before[s]] == ["evaluate", "report"]
+
+
+def test_how_a_judge_is_asked_changes_nothing_that_it_says():
+    asked = {"type": "http", "url": "http://s/v1", "attributes": ["brevity"], "judge": True}
+    before = job(rewards=[*RAW["rewards"], asked])
+    assert redone(before, job(rewards=[*RAW["rewards"], asked | {"retries": 1, "batch_size": 3}])) == ["report"]
+
+
+def test_sets_redo_the_evaluation_and_nothing_else(tmp_path, monkeypatch):
+    file = tmp_path / "prompts" / "mt_bench_80.jsonl"
+    file.parent.mkdir()
+    file.write_text('{"turns": ["one"]}')
+    monkeypatch.setenv("CTRLRAY_DATA", str(tmp_path))
+    asked = {"name": "mt", "sources": [{"type": "benchmark", "name": "mt_bench"}]}
+    with_set = job(evaluate={"sets": [asked]})
+    assert redone(job(), with_set) == redone(with_set, job(evaluate={"sets": [asked | {"limit": 3}]})) == ["evaluate", "report"]
+    before = Run(with_set).keys
+    file.write_text('{"turns": ["two"]}')
+    assert [s for s in STAGES if Run(with_set).keys[s] != before[s]] == ["evaluate", "report"]
+
+
 def test_a_prompt_file_that_is_gone_counts_as_the_run_noted_it(tmp_path):
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "hi"}\n')

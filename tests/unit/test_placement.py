@@ -157,3 +157,9 @@ def test_a_shortage_of_a_thousandth_is_not_called_none():
 def test_the_node_that_is_advised_holds_the_largest_actor():
     job = load("train.cpus_per_worker=64", "train.gpus_per_worker=2", "generate.pool.cpus=3")
     assert "No smaller pool fits: add a node with at least 64 CPUs, 2 GPUs" in misfit(job, plan(job), [Node(2, 0, 99)])
+
+
+def test_judges_score_when_the_engines_are_gone():
+    plain, judged = plan(load()), plan(load("rewards=[{type: embedded}, {type: tfidf, judge: true}]"))
+    assert [g for g in judged if g.phase != "evaluate: judges"] == plain
+    assert [(g.operator, g.actors) for g in judged if g.phase == "evaluate: judges"] == [("judge tfidf", 1), ("score writer", 1)]

@@ -131,7 +131,7 @@ def test_a_row_that_fails_alone_gives_its_own_reason():
 def test_each_reward_keeps_notes_of_its_own(tmp_path):
     two = [{"type": "function", "target": "m:f", "attributes": ["brevity"]}]
     two.append({"type": "function", "target": "m:g", "attributes": ["other"]})
-    first, second = score.journals(job(rewards=two), Storage(str(tmp_path)))
+    first, second = score.journals(job(rewards=two).rewards, Storage(str(tmp_path)))
     with pytest.raises(SystemExit):
         first.run(["a"], lambda group: (_ for _ in ()).throw(SystemExit))
     assert len(first.in_flight()) == 1 and second.in_flight() == []

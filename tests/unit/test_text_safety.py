@@ -15,7 +15,7 @@ from ctrlray.control import ControlSpace, special_strings, with_system
 from ctrlray.rewards.features import FeatureExtractor
 from ctrlray.rewards.hf import HFScorer
 from ctrlray.rewards.http import JudgeScorer
-from ctrlray.stages.evaluate import questions
+from ctrlray.stages.questions import questions
 from ctrlray.train.batches import load_example, tree_rows
 from tests.fakes import tiny_tokenizer
 

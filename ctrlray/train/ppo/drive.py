@@ -53,7 +53,7 @@ def train(
     progress.note("starting vLLM and reward actors")
     with (
         EnginePool(spec, job.generate.pool, f"{job.name}-ppo", timeout) as engines,
-        RewardPool(job.rewards, job.score.pool, f"{job.name}-ppo", timeout) as rewards,
+        RewardPool(job.teachers, job.score.pool, f"{job.name}-ppo", timeout) as rewards,
     ):
         chats = {p["prompt_id"]: p["messages"] for p in prompts}
         producer = Producer(order, chats, job, task.objective, scales, engines, rewards, task.out)

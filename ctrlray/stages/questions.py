@@ -1,0 +1,162 @@
+"""What the evaluation asks of each method, and the engines' answers: one start of the engines serves all methods and sets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from ctrlray import config, schema
+from ctrlray.clock import note_start
+from ctrlray.control import ControlSpace, Levels, Renderer, with_system
+from ctrlray.engine.engine import Completion, EngineSpec
+from ctrlray.engine.pool import EnginePool
+from ctrlray.isolate import DIED
+from ctrlray.ledger import Progress
+from ctrlray.stages.export import START
+from ctrlray.stages.score import job_attributes
+from ctrlray.tables import Storage, from_rows
+
+RERANKING = "reranking"
+UNCONTROLLED = (START, RERANKING)
+"""Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
+_NO_ANSWER = Completion("", [], 0.0, DIED, [])
+
+
+class Question(NamedTuple):
+    """One answer to be sampled for the grid."""
+
+    grid_id: str
+    prompt_id: str
+    method: str
+    levels: Levels
+    sample: int
+    token_ids: list[int]
+
+
+class Plan(NamedTuple):
+    """All questions of one set of prompts by method, and where their answers go."""
+
+    questions: Mapping[str, Sequence[Question]]
+    out: Storage
+
+
+def methods(job: config.Job) -> list[str]:
+    """All methods of a job: its baselines, then its trained objectives."""
+    return [*job.evaluate.methods, *(o.type for o in job.train.objectives)]
+
+
+def samples(method: str, job: config.Job) -> int:
+    """Answers that a method gives to a prompt and setting; reranking's candidates serve all settings."""
+    return job.evaluate.candidates if method == RERANKING else job.evaluate.samples
+
+
+def sampling(method: str, job: config.Job) -> config.Sampling:
+    """How a method's answers are sampled; reranking chooses among answers like those that scoring saw."""
+    return job.generate.sampling if method == RERANKING else job.evaluate.sampling
+
+
+def questions(
+    method: str,
+    prompts: Sequence[Mapping[str, Any]],
+    cells: Sequence[Levels],
+    samples: int,
+    space: ControlSpace,
+    renderer: Renderer,
+) -> list[Question]:
+    """All questions of one method. The start model knows no setting, so it is not asked once for each."""
+    asked = cells[:1] if method in UNCONTROLLED else cells
+    return [
+        Question(
+            schema.digest(p["prompt_id"], method, list(cell), sample),
+            p["prompt_id"],
+            method,
+            cell,
+            sample,
+            render(method, p["messages"], cell, space, renderer),
+        )
+        for p in prompts
+        for cell in asked
+        for sample in range(samples)
+    ]
+
+
+def render(method: str, messages: Sequence[schema.Message], cell: Levels, space: ControlSpace, renderer: Renderer) -> list[int]:
+    """The tokens of a conversation as a method is asked it."""
+    if method in UNCONTROLLED:
+        return renderer.render(messages)
+    if method == "prompting":
+        return renderer.render(with_system(messages, space.instruction(cell)))
+    return renderer.render(messages, cell)
+
+
+def answers_schema(job: config.Job) -> pa.Schema:
+    """The grid before its scores."""
+    full = schema.grid(job_attributes(job))
+    return pa.schema([f for f in full if not f.name.startswith(("score_", "units_"))], metadata=full.metadata)
+
+
+def answer(
+    plans: Sequence[Plan],
+    job: config.Job,
+    spec: EngineSpec,
+    weights: Callable[[str], str | None],
+    out: Storage,
+    progress: Progress,
+) -> None:
+    """Write the `answers` that are missing, a part for each method, method after method over all plans.
+
+    `weights(method)` is the model folder of a trained method, None for those that run on the prepared base. `out` keeps how
+    long the engines took to start.
+    """
+    missing: dict[str, list[Plan]] = {}
+    for plan in plans:
+        written = plan.out.names("answers", suffix=".parquet")
+        for method, asked in plan.questions.items():
+            if f"method-{method}.parquet" in written:
+                progress.advance(len(asked))
+            else:
+                missing.setdefault(method, []).append(plan)
+    if not missing:
+        return
+    progress.note("starting vLLM")
+    began = time.monotonic()
+    with EnginePool(spec, job.generate.pool, f"{job.name}-evaluate", job.cluster.stall_timeout_s) as pool:
+        note_start(out, time.monotonic() - began)
+        for method in (m for m in methods(job) if m in missing):
+            folder = weights(method)
+            if folder is not None:
+                pool.load_weights(folder)
+            progress.note(method)
+            for plan in missing[method]:
+                _ask(method, plan, pool, job, progress)
+
+
+def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: Progress) -> None:
+    asked = plan.questions[method]
+    found = pool.generate([q.token_ids for q in asked], sampling(method, job), job.evaluate.batch_size, progress.advance)
+    rows = [_row(q, c or _NO_ANSWER, pool.weights_version, job) for q, c in zip(asked, found, strict=True)]
+    if bad := [_left_out(q) for q, c in zip(asked, found, strict=True) if c is None]:
+        plan.out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
+    plan.out.write_table(from_rows(rows, answers_schema(job)), "answers", f"method-{method}")
+
+
+def _left_out(question: Question) -> dict[str, str]:
+    detail = f"alone with prompt {question.prompt_id} under {question.method} {list(question.levels)} an engine ended"
+    return {"stage": "evaluate", "row_id": question.grid_id, "error": DIED, "detail": detail}
+
+
+def _row(question: Question, answer: Completion, version: int, job: config.Job) -> dict[str, Any]:
+    requested = dict(zip((f"requested_{n}" for n in job_attributes(job)), question.levels, strict=True))
+    return requested | {
+        "grid_id": question.grid_id,
+        "prompt_id": question.prompt_id,
+        "method": question.method,
+        "sample": question.sample,
+        "text": answer.text.strip(),
+        "num_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "weights_version": version,
+    }
