@@ -185,6 +185,7 @@ def test_bodies_that_are_long_or_slow_are_refused(server, web):
         assert slow.recv(100).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.soak
 def test_headers_that_trickle_in_are_given_up(server):
     with connection(server) as slow:
         begun = time.monotonic()

@@ -9,7 +9,6 @@ import httpx
 import pytest
 import yaml
 from ray import serve
-from ray.serve.llm.openai_api_models import ChatCompletionRequest, CompletionRequest
 
 from ctrlray.errors import ConfigError
 from ctrlray.serve import api
@@ -69,6 +68,7 @@ def test_it_needs_a_policy_file(run):
         build({"models": [{"model": run.job.root}]})
 
 
+@pytest.mark.soak
 def test_models_of_a_run_side_by_side(client):
     assert {m["id"] for m in client.get("/v1/models").json()["data"]} == {"tiny-exmate", "tiny-start"}
     described = {m["model"]: m["strategies"] for m in client.get("/v1/control").json()["data"]}
@@ -77,6 +77,7 @@ def test_models_of_a_run_side_by_side(client):
     assert dialled["control"] == {"brevity": 2, "variety": 2} and "achieved" not in dialled["choices"][0]
 
 
+@pytest.mark.soak
 def test_a_model_without_a_dial_is_reranked(client):
     answer = client.post(CHAT, json=ask(model="tiny-start", candidates=4, temperature=1.0, control={"brevity": 1})).json()
     assert set(answer["choices"][0]["achieved"]) == {"brevity", "variety"} and answer["control"]["brevity"] == 1
@@ -85,21 +86,26 @@ def test_a_model_without_a_dial_is_reranked(client):
 
 
 THEIRS_AND_OURS = [
-    (ChatCompletionRequest, api.ChatRequest, CHAT),
-    (CompletionRequest, api.CompletionRequest, "/v1/completions"),
+    ("ChatCompletionRequest", api.ChatRequest, CHAT),
+    ("CompletionRequest", api.CompletionRequest, "/v1/completions"),
 ]
 
 
-@pytest.mark.parametrize("theirs, ours, path", THEIRS_AND_OURS)
-def test_no_other_field_of_vllm_is_taken(client, theirs, ours, path):
+@pytest.mark.soak
+@pytest.mark.parametrize("name, ours, path", THEIRS_AND_OURS)
+def test_no_other_field_of_vllm_is_taken(client, name, ours, path):
+    from ray.serve.llm import openai_api_models  # imports vLLM, which collecting tests must not wait for
+
+    theirs = getattr(openai_api_models, name)
     others = set(theirs.model_fields) - set(ours.model_fields)
     assert {"allowed_token_ids", "logit_bias", "add_special_tokens", "vllm_xargs", "prompt_logprobs"} <= others
     body = ask() if path == CHAT else {"model": "tiny-exmate", "prompt": "x"}
-    for name in others:
-        refused = client.post(path, json=body | {name: 1})
-        assert refused.status_code == 400 and refused.json()["error"]["param"] == name
+    for field in others:
+        refused = client.post(path, json=body | {field: 1})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == field
 
 
+@pytest.mark.soak
 def test_limits_hold_over_all_ingress_replicas(server):
     headers = {"Authorization": f"Bearer {FEW}"}
     with httpx.Client(base_url=server, headers=headers, timeout=120) as few, ThreadPoolExecutor(12) as pool:
@@ -107,6 +113,7 @@ def test_limits_hold_over_all_ingress_replicas(server):
     assert sorted(statuses) == [200] * 5 + [429] * 7
 
 
+@pytest.mark.soak
 def test_metrics_are_of_all_ingress_replicas(client):
     before = client.get("/metrics").text
     assert all(client.get("/metrics").text == before for _ in range(6))
