@@ -48,6 +48,7 @@ KINDS = {
     "ctrlray:Ingress": "ingress",
     "ctrlray:DialServer": "vLLM server",
     "vllm serve": "vLLM server",
+    "VLLM::APIServer": "vLLM server",
     "VLLM::EngineCore": "engine",
     "VLLM::Worker": "engine",
 }
@@ -65,7 +66,7 @@ class Timed(NamedTuple):
 
 def make_model(folder: Path) -> EngineSpec:
     """Export the prepared base with its dial into `folder`; the engine that both servers run."""
-    attributes = tuple(config.Attribute(name=n, levels=3) for n in LEVELS)
+    attributes = (config.Attribute(name="helpfulness", levels=3), config.Attribute(name="safety", levels=3, score="harmlessness"))
     job = config.Job(name="served", run_root=str(folder.parent), control=config.Control(attributes=attributes))
     base = models.prepare(job.model, ControlSpace.of(job.control))
     shutil.copytree(base.folder, folder)

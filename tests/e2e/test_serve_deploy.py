@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,6 @@ from ray import serve
 
 from ctrlray.errors import ConfigError
 from ctrlray.serve import api
-from ctrlray.serve.app import build
 from ctrlray.serve.policy import mint
 from tests.e2e.served import free_port, make_run
 
@@ -20,6 +20,11 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CHAT = "/v1/chat/completions"
 KEY, HASH = mint()
 FEW, FEW_HASH = mint()
+
+
+def app_module():
+    """`ctrlray.serve.app`, which imports vLLM: collecting tests must not wait for that."""
+    return importlib.import_module("ctrlray.serve.app")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +48,7 @@ def server(run, tmp_path_factory, local_ray):
     }
     port = free_port()
     serve.start(http_options={"port": port})
-    serve.run(build(args), name="ctrlray")
+    serve.run(app_module().build(args), name="ctrlray")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -60,12 +65,12 @@ def ask(**fields):
 
 def test_the_serve_config_names_it():
     config = yaml.safe_load((Path(__file__).parent.parent.parent / "cluster" / "serve.yaml").read_text())
-    assert config["applications"][0]["import_path"] == f"{build.__module__}:{build.__name__}"
+    assert config["applications"][0]["import_path"] == f"{app_module().__name__}:{app_module().build.__name__}"
 
 
 def test_it_needs_a_policy_file(run):
     with pytest.raises(ConfigError, match="needs a policy file"):
-        build({"models": [{"model": run.job.root}]})
+        app_module().build({"models": [{"model": run.job.root}]})
 
 
 @pytest.mark.soak
@@ -94,7 +99,7 @@ THEIRS_AND_OURS = [
 @pytest.mark.soak
 @pytest.mark.parametrize("name, ours, path", THEIRS_AND_OURS)
 def test_no_other_field_of_vllm_is_taken(client, name, ours, path):
-    from ray.serve.llm import openai_api_models  # imports vLLM, which collecting tests must not wait for
+    from ray.serve.llm import openai_api_models
 
     theirs = getattr(openai_api_models, name)
     others = set(theirs.model_fields) - set(ours.model_fields)
