@@ -111,9 +111,11 @@ def serving(who: str, spec: EngineSpec, scratch: Path) -> Iterator[tuple[psutil.
     finally:
         children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
         process.send_signal(signal.SIGTERM)
-        process.wait(90)
-        for child in filter(psutil.Process.is_running, children):
-            child.kill()
+        try:
+            process.wait(90)
+        finally:
+            for child in filter(psutil.Process.is_running, children):
+                child.kill()
 
 
 async def answering(process: subprocess.Popen[bytes], url: str, key: str, who: str, log: Path) -> None:
