@@ -545,6 +545,69 @@ def _schema() -> None:
     click.echo(json.dumps(Job.model_json_schema(), indent=1))
 
 
+class _ServeGroup(click.Group):
+    """`ctrlray serve MODEL ...` beside `ctrlray serve key`: what is no verb is a model."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put the verb in front where it is left out."""
+        if args and args[0] not in (*self.commands, "-h", "--help"):
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+
+@main.group("serve", cls=_ServeGroup)
+def _serve() -> None:
+    """Serve dialled models behind an OpenAI-compatible API. `ctrlray serve MODEL ...` is `ctrlray serve run MODEL ...`."""
+
+
+_SERVE = (
+    "ctrlray serve quickstart\n"
+    "ctrlray serve /models/mine --policy policy.yaml --host 0.0.0.0\n"
+    "ctrlray serve quickstart --method exmate --method start --set rewards=true"
+)
+_SERVE_TEXT = """Serve exported models, or models of a run, until Ctrl-C.
+
+MODEL is a folder that `ctrlray export` wrote, or a run's name, path or URI; with --config the file may name them. Without
+--policy one key is made and printed, and only this machine can connect."""
+
+
+@_command(_serve, "run", _SERVE_TEXT, _SERVE)
+@click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of settings.")
+@click.option("--method", "methods", multiple=True, help="Of a run, a trained objective, or `start`; repeatable.")
+@click.option("--policy", type=click.Path(dir_okay=False), help="The operator's policy file.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting (replicas.max=2); repeatable.")
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("models", metavar="MODEL", nargs=-1, shell_complete=_complete_run)
+def _serve_run(
+    file: Path | None,
+    methods: tuple[str, ...],
+    policy: str | None,
+    host: str,
+    port: int,
+    overrides: tuple[str, ...],
+    debug: bool,
+    models: tuple[str, ...],
+) -> None:
+    from ctrlray.serve.command import serve_until_stopped, settings_of
+
+    try:
+        serve_until_stopped(settings_of(file, models, methods, policy, overrides), host, port)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _fail(error, debug)
+
+
+@_command(_serve, "key", "Make a key for a policy file; it is shown once, the file holds its hash.", "ctrlray serve key")
+def _serve_key() -> None:
+    from ctrlray.serve.policy import mint
+
+    key, digest = mint()
+    click.echo(f"key   {key}\nhash  {digest}")
+
+
 _COMPLETION = 'eval "$(ctrlray completion bash)"\nctrlray completion fish > ~/.config/fish/completions/ctrlray.fish'
 
 

@@ -896,14 +896,14 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
     return parse(Job, read_job(path, overrides), where=str(path))
 
 
-def read_job(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """A job file's settings with `overrides` (`a.b=c`) in them, not yet checked."""
+def read_job(path: Path, overrides: Sequence[str] = (), what: str = "job file") -> dict[str, Any]:
+    """A settings file's content with `overrides` (`a.b=c`) in it, not yet checked; errors call the file `what`."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"cannot read the job file {path}: {error}") from error
+        raise ConfigError(f"cannot read the {what} {path}: {error}") from error
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path}: a job file is a mapping of settings, got {type(raw).__name__}")
+        raise ConfigError(f"{path}: a {what} is a mapping of settings, got {type(raw).__name__}")
     for assignment in overrides:
         assign(raw, assignment)
     return raw

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,20 @@ class ControlSpace:
         return f"Answer so that your answer has this rating: {' and '.join(parts)}, {scale}."
 
 
+def nearest_first(units: Sequence[Sequence[float]], levels: Sequence[int]) -> list[int]:
+    """Numbers of the answers with these achieved levels (in continuous level units), nearest to the requested ones first.
+
+    The distance is the sum over attributes of |achieved - requested|; equals keep their order, and an answer without a finite
+    score comes last. Best-of-n towards a setting is the first.
+    """
+
+    def distance(i: int) -> float:
+        far = sum(abs(unit - level) for unit, level in zip(units[i], levels, strict=True))
+        return far if math.isfinite(far) else math.inf
+
+    return sorted(range(len(units)), key=distance)
+
+
 def dialled_template(
     base: str,
     space: ControlSpace,
@@ -172,15 +187,19 @@ def special_strings(tokenizer: Any, space: ControlSpace | None = None) -> list[s
 class Renderer:
     """The only way in ctrlray from a conversation to token ids.
 
-    `base_template` is the chat template of the model before the dial was added.
+    `base_template` is the chat template of the model before the dial was added; None for an exported model, whose tokenizer
+    has the finished one: it raises for levels outside of its list, and what it gives without levels is its own business.
     """
 
-    def __init__(self, tokenizer: Any, space: ControlSpace, base_template: str) -> None:
+    def __init__(self, tokenizer: Any, space: ControlSpace, base_template: str | None) -> None:
         self.tokenizer = tokenizer
         self.space = space
-        self._specials = special_strings(tokenizer, space)
-        self._plain = safe_template(base_template, self._specials)
-        self._dialled = dialled_template(base_template, space, self._specials)
+        self.specials = special_strings(tokenizer, space)
+        if base_template is None:
+            self._plain = self._dialled = str(tokenizer.chat_template)
+        else:
+            self._plain = safe_template(base_template, self.specials)
+            self._dialled = dialled_template(base_template, space, self.specials)
 
     def render(self, messages: Sequence[Message], levels: Sequence[int] | None = None) -> list[int]:
         """Token ids of the prompt up to and including the code; without levels, of the plain prompt."""
@@ -197,7 +216,7 @@ class Renderer:
 
     def text_ids(self, text: str) -> list[int]:
         """Token ids of plain text, special tokens in it neutralised."""
-        clean = neutralise(text, self._specials)
+        clean = neutralise(text, self.specials)
         return [int(i) for i in self.tokenizer(clean, add_special_tokens=False)["input_ids"]]
 
     def code_ids(self, levels: Sequence[int]) -> list[int]:

@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import os
 import platform
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -432,6 +433,45 @@ def _export(current: Run, progress: Progress) -> StageResult:
             out.write_bytes(file.read_bytes(), "model", file.name)
     progress.advance(1)
     return result
+
+
+def exported_folder(current: Run, method: str | None = None) -> str:
+    """A method's exported model: a local folder, or a URI for a run on object storage. Made where it is not there.
+
+    `method` is a trained objective or `start`, the model before training; None for what the export stage exported. Raises
+    ConfigError for a method that the run has not trained.
+    """
+    from ctrlray.stages import export
+
+    result = current.result("export")
+    if method is None or (result is not None and result["facts"]["method"] == method):
+        if result is None:
+            raise ConfigError(f"the run at {current.job.root} has no exported model; run `ctrlray export` first")
+        out = current.out("export").sub("model")
+        return out.path() if out.is_local else out.uri
+    trained = [o.type for o in current.job.train.objectives]
+    if method not in (*trained, export.START) or current.result("train") is None:
+        known = [*trained, export.START]
+        raise ConfigError(f"the run at {current.job.root} has no method {method!r}; once trained it has {known}")
+    key = schema.digest(current.keys["train"], current.job.export.model_dump(), method)
+    folder = config.cache_home() / "served" / key
+    if not (folder / export.CARD).is_file():
+        _make_exported(current, method, folder)
+    return str(folder)
+
+
+def _make_exported(current: Run, method: str, folder: Path) -> None:
+    from ctrlray.reporting import headline
+    from ctrlray.stages import export
+    from ctrlray.train.run import merged_folder
+
+    if method == export.START:
+        shutil.copytree(current.base.folder, folder, dirs_exist_ok=True)
+        export.finish_start(str(folder), current.base, current.job)
+        return
+    trained = current.out("train").sub(method)
+    merged = merged_folder(current.start(method), trained, str(folder), current.job.export.dtype)
+    export.finish(merged, current.base, current.job, method, headline(current, method))
 
 
 def _report(current: Run, progress: Progress) -> StageResult:

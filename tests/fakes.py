@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,106 @@ class StuckHost:
 
     def generate(self, prompts: Any, sampling: Any) -> None:
         time.sleep(3600)
+
+
+def dialled_tokenizer(dial: Any, coded: bool = True) -> Any:
+    """The tiny tokenizer as an export would leave it: control tokens, and the dial in its chat template if it is `coded`."""
+    from tokenizers import AddedToken
+
+    from ctrlray.control import dialled_template, safe_template, special_strings
+
+    tokenizer, space = tiny_tokenizer(), dial.space
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in space.tokens], special_tokens=True)
+    specials = special_strings(tokenizer, space)
+    if not coded:
+        tokenizer.chat_template = safe_template(CHATML, specials)
+        return tokenizer
+    tokenizer.chat_template = dialled_template(
+        CHATML,
+        space,
+        specials,
+        allowed={r.name: (r.low, r.high) for r in dial.ranges},
+        defaults={r.name: r.default for r in dial.ranges},
+    )
+    return tokenizer
+
+
+def folding(tokenizer: Any) -> Any:
+    """The same tokenizer, but it folds case and Unicode's compatible forms before it looks for special tokens."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    raw = json.loads(tokenizer.backend_tokenizer.to_str())
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "NFKC"}, {"type": "Lowercase"}]}
+    for token in raw["added_tokens"]:
+        token["normalized"] = True
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    made = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)), **names)
+    made.chat_template = tokenizer.chat_template
+    return made
+
+
+class FakeEngine:
+    """Stands for a vLLM replica: keeps the orders that reach it, and answers each choice with the next of `texts`."""
+
+    def __init__(self, texts: Sequence[str] = ("Hello there",)) -> None:
+        self.texts = list(texts)
+        self.orders: list[dict[str, Any]] = []
+        self.stopped = 0
+        self.breaks_after: int | None = None
+        """Chunks of a stream before the replica dies."""
+        self.error: dict[str, Any] | None = None
+        self.hangs: Any = None
+        """An asyncio.Event to wait for before anything is answered."""
+
+    async def answer(self, order: dict[str, Any]) -> AsyncGenerator[list[str], None]:
+        self.orders.append(order)
+        try:
+            if self.hangs is not None:
+                await self.hangs.wait()
+            if self.error is not None:
+                yield [json.dumps({"error": self.error})]
+                return
+            count = order["n"] * len(order["prompt"])
+            answers = [self.texts[i % len(self.texts)] for i in range(count)]
+            for batch in self._chunks(order, answers) if order["stream"] else [[self._whole(order, answers)]]:
+                yield [json.dumps(doc) for doc in batch]
+        finally:
+            self.stopped += 1
+
+    def _whole(self, order: dict[str, Any], answers: list[str]) -> dict[str, Any]:
+        choices = [
+            {"index": i, "text": t, "finish_reason": "stop", "logprobs": self._logprobs(order, t)} for i, t in enumerate(answers)
+        ]
+        return {"choices": choices, "usage": {"completion_tokens": sum(map(len, answers))}}
+
+    def _chunks(self, order: dict[str, Any], answers: list[str]) -> Iterator[list[dict[str, Any]]]:
+        from ctrlray.serve.refusal import Refusal
+
+        sent = 0
+        for i, text in enumerate(answers):
+            for at, character in enumerate(text):
+                if sent == self.breaks_after:
+                    raise Refusal(503, "the replica ended", code="engine_error", retry_after_s=1)
+                done = "stop" if at == len(text) - 1 else None
+                logprobs = self._logprobs(order, character)
+                choice = {"index": i, "text": character, "finish_reason": done, "logprobs": logprobs}
+                yield [{"choices": [choice], "usage": {"completion_tokens": at + 1}}]
+                sent += 1
+        yield [{"choices": [], "usage": {"completion_tokens": sum(map(len, answers))}}]
+
+    def _logprobs(self, order: dict[str, Any], text: str) -> dict[str, Any] | None:
+        if "logprobs" not in order:
+            return None
+        ids = [ord(c) for c in text]
+        if not order.get("return_tokens_as_token_ids"):
+            return {"tokens": list(text), "token_logprobs": [-1.0] * len(ids), "top_logprobs": [{c: -1.0} for c in text]}
+        others = [{f"token_id:{i}": -1.0, f"token_id:{i + 1}": -0.5} for i in ids]
+        return {"tokens": [f"token_id:{i}" for i in ids], "token_logprobs": [-1.0] * len(ids), "top_logprobs": others}
+
+
+class FakeJudge:
+    """Stands for the run's rewards: an answer achieves the levels that its first two characters say."""
+
+    async def units(self, turns: Any, texts: Sequence[str]) -> list[list[float]]:
+        return [[float(c) if c.isdigit() else float("nan") for c in text.ljust(2)[:2]] for text in texts]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import DIED
@@ -42,6 +43,12 @@ def _fill(columns: dict[str, Floats], given: Mapping[str, Any], rows: slice, siz
         if values.shape != (size,):
             raise ValueError(f"wrong_length: reward output {name!r} has shape {values.shape}, expected ({size},)")
         column[rows] = values
+
+
+def weighted(columns: Mapping[str, Floats], sources: Mapping[str, float]) -> npt.NDArray[np.float64]:
+    """An attribute's scores: the outputs that feed it, added up by weight."""
+    parts = [weight * columns[name].astype(np.float64) for name, weight in sources.items()]
+    return np.asarray(np.sum(parts, axis=0))
 
 
 def died(words: str) -> str:

@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from ctrlray import config
-from ctrlray.control import ControlSpace, dialled_template, special_strings
+from ctrlray.control import ControlSpace, dialled_template, safe_template, special_strings
 from ctrlray.ledger import StageResult
 from ctrlray.models import PreparedBase
+
+CARD = "ctrlray.json"
+"""The file in an exported folder that describes its dial."""
+START = "start"
+"""The method of a folder that holds the model before training: it knows no control codes."""
 
 
 def finish(folder: str, base: PreparedBase, job: config.Job, method: str, figures: Mapping[str, Any]) -> StageResult:
@@ -29,9 +34,24 @@ def finish(folder: str, base: PreparedBase, job: config.Job, method: str, figure
     tokenizer.save_pretrained(folder)
     target = Path(folder)
     (target / "ctrlray_base.json").unlink(missing_ok=True)
-    (target / "ctrlray.json").write_text(json.dumps(dial(job, method), indent=1) + "\n")
+    (target / CARD).write_text(json.dumps(dial(job, method), indent=1) + "\n")
     (target / "README.md").write_text(card(job, method, figures))
     return StageResult(1, 1, facts={"folder": folder, "method": method})
+
+
+def finish_start(folder: str, base: PreparedBase, job: config.Job) -> None:
+    """Turn a copy of the prepared base into a folder that is served like the exported ones, for best-of-n towards a setting.
+
+    Its chat template places no code; text is neutralised as everywhere.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    specials = special_strings(tokenizer, ControlSpace.of(job.control))
+    tokenizer.chat_template = safe_template(base.base_template, specials)
+    tokenizer.save_pretrained(folder)
+    (Path(folder) / "ctrlray_base.json").unlink(missing_ok=True)
+    (Path(folder) / CARD).write_text(json.dumps(dial(job, START), indent=1) + "\n")
 
 
 def dial(job: config.Job, method: str) -> dict[str, Any]:

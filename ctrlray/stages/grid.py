@@ -11,12 +11,13 @@ import pyarrow as pa
 import ray.data
 
 from ctrlray import config, schema
-from ctrlray.control import Levels
+from ctrlray.control import Levels, nearest_first
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, count
+from ctrlray.stages.export import START
 from ctrlray.stages.generate import consume
-from ctrlray.stages.questions import RERANKING, START
+from ctrlray.stages.questions import RERANKING
 from ctrlray.stages.score import Conversations, job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
@@ -135,10 +136,6 @@ def _placed(answer: Mapping[str, Any], cell: Levels, names: Sequence[str]) -> di
 
 
 def _nearest(candidates: Sequence[dict[str, Any]], cell: Levels, names: Sequence[str]) -> dict[str, Any]:
-    """The candidate with the least sum of distances to the requested levels; the first of equals, a failed one last."""
-
-    def distance(answer: Mapping[str, Any]) -> tuple[float, int]:
-        far = sum(abs(answer[f"units_{n}"] - level) for n, level in zip(names, cell, strict=True))
-        return (far if math.isfinite(far) else math.inf), answer["sample"]
-
-    return min(candidates, key=distance)
+    """The candidate nearest to the requested levels; the first sample of equals, a failed one last."""
+    ordered = sorted(candidates, key=lambda answer: int(answer["sample"]))
+    return ordered[nearest_first([[answer[f"units_{n}"] for n in names] for answer in ordered], cell)[0]]

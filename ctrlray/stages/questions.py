@@ -15,10 +15,11 @@ from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress
+from ctrlray.stages.export import START
 from ctrlray.stages.score import job_attributes
 from ctrlray.tables import Storage, from_rows
 
-START, RERANKING = "start", "reranking"
+RERANKING = "reranking"
 UNCONTROLLED = (START, RERANKING)
 """Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
 _NO_ANSWER = Completion("", [], 0.0, DIED, [])

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ctrlray import config, schema
 from ctrlray.control import ControlSpace, Levels, Renderer
@@ -21,6 +20,7 @@ from ctrlray.engine.pool import EnginePool
 from ctrlray.errors import DataError
 from ctrlray.ledger import count
 from ctrlray.rewards.pool import RewardPool
+from ctrlray.rewards.rows import weighted
 from ctrlray.tables import Storage, from_rows
 
 ROLLOUTS = "rollouts"
@@ -150,7 +150,7 @@ class Producer:
         chats = [self.chats[asks[i].prompt_id] for i in there]
         texts = [a.text.strip() for a in answers if a is not None]
         columns, errors = self.rewards.score(chats, texts, self.job.score.batch_size)
-        scores = {a.name: _weighted(columns, a.sources) for a in self.job.control.attributes}
+        scores = {a.name: weighted(columns, a.sources) for a in self.job.control.attributes}
         failed = dict(zip(there, (e.split(":")[0] for e in errors), strict=True))
         rows = []
         for i, (ask, answer) in enumerate(zip(asks, answers, strict=True)):
@@ -167,11 +167,6 @@ class Producer:
         if self.ppo.advantage != "gae":
             _leave_out_single(rows)
         return rows
-
-
-def _weighted(columns: Mapping[str, npt.NDArray[Any]], sources: Mapping[str, float]) -> npt.NDArray[np.float64]:
-    parts = [weight * columns[name].astype(np.float64) for name, weight in sources.items()]
-    return np.asarray(np.sum(parts, axis=0))
 
 
 def _row(step: int, ask: Ask, answer: Completion | None, version: int, names: Sequence[str]) -> dict[str, Any]:

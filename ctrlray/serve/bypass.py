@@ -1,0 +1,41 @@
+"""Ways around the ingress, refused."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+
+from ctrlray.errors import ConfigError
+
+_MODES = {
+    "RAY_SERVE_LLM_ENABLE_DIRECT_STREAMING": "callers would reach vLLM's own routes",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "replicas would listen on ports of their own, on every interface",
+    "RAY_SERVE_ENABLE_HA_PROXY": "replicas would listen on ports of their own, on every interface",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "replicas would listen on ports of their own, on every interface",
+}
+
+
+def refuse_bypass() -> None:
+    """Raise ConfigError when Ray Serve is set to a mode in which requests do not pass the ingress."""
+    for name, what in _MODES.items():
+        if os.environ.get(name, "0") not in ("0", ""):
+            raise ConfigError(f"{name}={os.environ[name]}: {what}, past the policy. Unset it, on every node")
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    if host in (None, ""):
+        return False
+    try:
+        return ipaddress.ip_address(str(host)).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def refuse_open(host: str | None, has_policy: bool) -> None:
+    """Raise ConfigError when a server without a policy file would listen where other machines reach it."""
+    if not has_policy and not is_loopback(host):
+        raise ConfigError(
+            f"host={host!r} is reachable from other machines, which needs a policy file: `ctrlray serve key` makes a key, "
+            "--policy names the file"
+        )

@@ -1,0 +1,59 @@
+"""What `ctrlray serve` does: settings from a file and the command, then serving until it is stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+from ctrlray import config
+from ctrlray.errors import ConfigError
+from ctrlray.quiet import quiet_ray
+from ctrlray.serve.bypass import refuse_bypass, refuse_open
+from ctrlray.serve.settings import ServeSettings
+
+
+def settings_of(
+    file: Path | None, models: Sequence[str], methods: Sequence[str], policy: str | None, overrides: Sequence[str]
+) -> ServeSettings:
+    """The file's settings, then what stands in the command. Raises ConfigError."""
+    raw: dict[str, Any] = config.read_job(file, what="settings file") if file else {}
+    if models:
+        raw["models"] = [{"model": m} | ({"methods": list(methods)} if methods else {}) for m in models]
+    elif methods:
+        raise ConfigError(f"--method {methods[0]} needs the name of a run beside it; a settings file has models.methods")
+    if policy:
+        raw["policy"] = str(Path(policy).resolve())
+    for override in overrides:
+        config.assign(raw, override)
+    if not raw.get("models"):
+        raise ConfigError("no model: name an exported folder or a run, or give --config with a file that does")
+    return config.parse(ServeSettings, raw, where=str(file or "serve"))
+
+
+def _end(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
+
+
+def serve_until_stopped(settings: ServeSettings, host: str, port: int) -> None:
+    """Serve until Ctrl-C or SIGTERM. Raises ConfigError for what must not be served there."""
+    refuse_open(host, settings.policy is not None)  # before anything slow
+    refuse_bypass()
+    quiet_ray()
+    click.echo("starting; an engine takes about a minute")
+    from ctrlray.serve import launch
+
+    key = launch.run(settings, host, port, config.Cluster())
+    signal.signal(signal.SIGTERM, _end)  # Ray has set its own, which ends the process at once
+    click.echo(f"ready    http://{host}:{port}/v1    (described at http://{host}:{port}/docs)")
+    if key:
+        click.echo(f"key      {key}")
+    try:
+        signal.pause()
+    finally:
+        click.echo("stopping")
+        launch.stop()

@@ -1,0 +1,65 @@
+"""An ingress with fake engines behind it, for tests of what reaches an engine and what comes back."""
+
+from __future__ import annotations
+
+import json
+
+from starlette.testclient import TestClient
+
+from ctrlray.serve.desk import Desk
+from ctrlray.serve.dial import Dial, Range
+from ctrlray.serve.front import Front
+from ctrlray.serve.policy import Key, Policy, hashed
+from ctrlray.serve.prompts import Prompts
+from ctrlray.serve.routes import create_app
+from ctrlray.serve.served import Served
+from tests.fakes import FakeEngine, dialled_tokenizer
+
+DIAL = Dial((Range("safety", 5, 1, 5, 5), Range("helpfulness", 3, 1, 3, 2)))
+TOKENIZER, PLAIN = dialled_tokenizer(DIAL), dialled_tokenizer(DIAL, coded=False)
+CONTEXT = 400
+CHAT = "/v1/chat/completions"
+
+
+class World:
+    """One ingress, its fake engines, and a client for each key."""
+
+    def __init__(
+        self, judge=None, room=99, max_body_bytes=100_000, body_timeout_s=30.0, tokenizer=TOKENIZER, context=CONTEXT, **limits
+    ) -> None:
+        self.engine, self.start_engine = FakeEngine(), FakeEngine(["11 dull", "53 good", "xx"])
+        prompts = Prompts(tokenizer, DIAL, True, context)
+        models = [
+            Served("tiny", DIAL, prompts, self.engine, False, "exmate"),
+            Served("tiny-start", DIAL, Prompts(PLAIN, DIAL, False, CONTEXT), self.start_engine, True, "start"),
+        ]
+        own = Key.model_validate({"name": "web", "hash": hashed("ck-web")} | limits)
+        admin = Key(name="admin", hash=hashed("ck-admin"), completions=True)
+        self.policy = Policy(keys=(own, admin))
+        self.desk = Desk({m.name: room for m in models})
+        self.front = Front(models, lambda: self.policy, self.desk, judge)
+        self.app = create_app(self.front, max_body_bytes, body_timeout_s)
+        self.web = self.client("ck-web")
+        self.admin = self.client("ck-admin")
+
+    def client(self, key: str | None) -> TestClient:
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        return TestClient(self.app, headers=headers, raise_server_exceptions=False)
+
+    @property
+    def in_flight(self) -> int:
+        return self.desk._limits.in_flight()
+
+
+def ask(**fields):
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]} | fields
+
+
+def events(response) -> list:
+    lines = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def prompt_of(engine: FakeEngine) -> str:
+    return TOKENIZER.decode(engine.orders[-1]["prompt"][0])
