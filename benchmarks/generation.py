@@ -26,6 +26,7 @@ from ctrlray.quiet import quiet_ray
 from ctrlray.stages import generate
 from ctrlray.stages.prompts import read_source
 from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import Where
 
 HF_BATCH = 32
 
@@ -76,8 +77,8 @@ class Transformers:
 class TimedGenerate(generate.GenerateBatch):
     """ctrlray's own actor, noting when it is up, so that start-up can be left out."""
 
-    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage) -> None:
-        super().__init__(spec, sampling, out)
+    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where) -> None:
+        super().__init__(spec, sampling, out, where)
         self._out.write_json(time.time(), "up.json")
 
 

@@ -49,7 +49,8 @@ class ToyEngines:
         self._network.set_attn_implementation(self._attention)  # sampling reads padded rows, not trees
         answers = sample(self._network, prompts, self._seed + self.weights_version)
         self._network.set_attn_implementation(trees)
-        return [Completion(text_of(a), a, math.nan, "stop" if a[-1:] == [END] else "length", []) for a in answers]
+        version = self.weights_version
+        return [Completion(text_of(a), a, math.nan, "stop" if a[-1:] == [END] else "length", [], version) for a in answers]
 
     def hit_rate(self) -> float:
         """There is no cache."""

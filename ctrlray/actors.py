@@ -17,6 +17,8 @@ import ray
 from ctrlray.config import Pool
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import plan
+from ctrlray.placement import on_nodes
+from ctrlray.telemetry import current, record, warn
 
 
 class Words(NamedTuple):
@@ -54,7 +56,7 @@ class ActorPool:
         self.actors = [self._start(i) for i in range(pool.max_size)]
 
     def _start(self, index: int) -> Any:
-        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus}
+        placed = {"num_cpus": self._pool.cpus, "num_gpus": self._pool.gpus, "resources": on_nodes(self._pool.nodes)}
         actor = ray.remote(self._kind).options(name=f"{self._name}-{index}-{self._restarts}", max_restarts=0, **placed)
         return actor.remote(*self._arguments)
 
@@ -85,21 +87,22 @@ class ActorPool:
         """
         waiting = [list(range(i, min(i + batch_size, num_rows))) for i in range(0, num_rows, batch_size)]
         idle = list(range(len(self.actors)))
-        running: dict[Any, tuple[list[int], int]] = {}
+        running: dict[Any, tuple[list[int], int, Any]] = {}
         died: list[list[int]] = []
         left_out: dict[int, str] = {}
         while waiting or running:
             while waiting and idle:
                 batch, index = waiting.pop(0), idle.pop()
-                running[submit(self.actors[index], batch)] = (batch, index)
+                running[submit(self.actors[index], batch)] = (batch, index, self.actors[index])
             answer = self._next(running)
-            batch, index = running.pop(answer)
+            batch, index, actor = running.pop(answer)
             idle.append(index)
             try:
                 with _unwrapped():
                     made = ray.get(answer)
             except _ENDED as error:
-                self._replace(index, error)
+                if self.actors[index] is actor:  # else `heal` was first, while another one was replaced
+                    self._replace(index, error)
                 died.append(batch)
                 again, killers = plan(batch, died)
                 waiting[:0] = again
@@ -108,11 +111,11 @@ class ActorPool:
             done(batch, made)
         return left_out
 
-    def _next(self, running: dict[Any, tuple[list[int], int]]) -> Any:
+    def _next(self, running: dict[Any, tuple[list[int], int, Any]]) -> Any:
         done, _ = ray.wait(list(running), timeout=self._timeout_s)
         if done:
             return done[0]
-        held = sum(len(batch) for batch, _ in running.values())
+        held = sum(len(batch) for batch, *_ in running.values())
         w = self._words
         raise ClusterError(
             f"{self._name}: no {w.actor} finished a batch within {self._timeout_s:g} s; {held} {w.rows} are in flight on "
@@ -136,6 +139,20 @@ class ActorPool:
         except (*_ENDED, ray.exceptions.GetTimeoutError) as error:
             return error
 
+    def begin(self, call: Callable[[Any, int], Any]) -> dict[Any, int]:
+        """`call(actor, index)` on all actors at once; the answers to come, and whose each is."""
+        return {call(actor, i): i for i, actor in enumerate(self.actors)}
+
+    def arrived(self, answers: dict[Any, int]) -> dict[int, Any]:
+        """Take out of `answers` those that are there: by actor, and as `ask` gives them."""
+        done, _ = ray.wait(list(answers), num_returns=len(answers), timeout=0)
+        return {answers.pop(answer): self._answer(answer, time.monotonic()) for answer in done}
+
+    @property
+    def replaced(self) -> int:
+        """How many actors took another's place so far."""
+        return self._restarts
+
     def heal(self) -> None:
         """Replace the actors that ended since they last had work."""
         for index, answer in enumerate(self.ask(lambda actor: actor.ready.remote())):
@@ -150,6 +167,8 @@ class ActorPool:
                 f"{self._name}: {self._words.actor}s ended {self._restarts} times, more than {self._words.restarts}="
                 f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
             ) from error
+        record(current(), "ctrlray_actor_restarts", 1, actor=self._words.actor)
+        warn(current(), f"{self._words.actor} {index} of {self._name} ended: {last_line(error)}; starting another")
         ray.kill(self.actors[index])  # one that only raised is in an unknown state
         self.actors[index] = self._start(index)
         self._await_start([self.actors[index]])

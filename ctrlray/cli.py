@@ -15,8 +15,8 @@ import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from ctrlray import __version__
-from ctrlray.config import Job, load_job, packaged_jobs, setting_names
-from ctrlray.errors import CtrlRayError, StorageError
+from ctrlray.config import Job, load_job, packaged_jobs, read_job, setting_names
+from ctrlray.errors import ConfigError, CtrlRayError, StorageError
 
 if TYPE_CHECKING:
     from ctrlray.console import Console
@@ -69,16 +69,20 @@ def _complete_run(ctx: click.Context, param: click.Parameter, typed: str) -> lis
     return [CompletionItem(n) for n in sorted(Path(r.root).name for r in runs.find()) if n.startswith(typed)]
 
 
+_FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+_set_option = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B=C",
+    help="Override a setting of the job file; repeatable.",
+    shell_complete=_complete_setting,
+)
+
+
 def _job_options(function: Any) -> Any:
     for option in (
-        click.option(
-            "--set",
-            "overrides",
-            multiple=True,
-            metavar="A.B=C",
-            help="Override a setting of the job file; repeatable.",
-            shell_complete=_complete_setting,
-        ),
+        _set_option,
         click.option("--dry-run", is_flag=True, help="Print the resolved job and estimates; start nothing."),
         click.option("--debug", is_flag=True, help="Print the traceback of an error."),
         click.argument("job", required=False, shell_complete=_complete_job),
@@ -217,11 +221,120 @@ def _print_placement(job: Job) -> None:
         click.echo(f"{group.phase:<19} {who:<22} {group.cpus:>9g} {group.gpus:>9g} {memory:>9}")
 
 
+_PLAN = (
+    "ctrlray plan hh-qwen3-8b --cluster cluster/aws.yaml\n"
+    "ctrlray plan job.yaml --cluster cluster/gcp.yaml --rates rates.yaml --json"
+)
+
+
+@_command(main, "plan", "Say what a job needs of a cluster, how long it takes there and what it costs.", _PLAN)
+@click.option("--cluster", "cluster_file", required=True, type=_FILE, help="Cluster file of Ray or KubeRay.")
+@click.option("--prices", type=_FILE, help="Machines and what they cost; ctrlray's own prices when left out.")
+@click.option("--rates", type=_FILE, help="Measured rates; by formula when left out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@_set_option
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("job", required=False, shell_complete=_complete_job)
+def _plan(
+    job: str | None,
+    overrides: tuple[str, ...],
+    cluster_file: Path,
+    prices: Path | None,
+    rates: Path | None,
+    as_json: bool,
+    debug: bool,
+) -> None:
+    import json
+
+    from ctrlray import planning, planning_text
+
+    try:
+        made = planning.plan(load_job(job, overrides), cluster_file, prices, rates)
+    except Exception as error:
+        _fail(error, debug)
+    else:
+        click.echo(json.dumps(made, indent=1) if as_json else "\n".join(planning_text.lines(made)))
+
+
+_SUBMIT = (
+    "ctrlray submit hh-qwen3-8b --address http://localhost:8265 --set run_root=s3://bucket/runs/qwen\n"
+    "ctrlray submit job.yaml --working-dir . --env HF_TOKEN\n"
+    "ctrlray submit job.yaml --stop"
+)
+_SUBMIT_TEXT = """Run a job on a cluster through Ray's job server, and follow it.
+
+Submitted again, a job that runs is followed and one that ended goes on from its run_root. Exits with the job's exit code."""
+
+
+@_command(main, "submit", _SUBMIT_TEXT, _SUBMIT)
+@click.option("--address", metavar="URL", help="Job server, http://HEAD:8265; RAY_ADDRESS, or the Ray of this machine.")
+@click.option("--stop", "stops", is_flag=True, help="Stop the job that writes to this run_root; what is finished is kept.")
+@click.option("--restarts", default=3, show_default=True, help="How often a driver that is killed is started again.")
+@click.option(
+    "--working-dir",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder that goes along: modules of function rewards, prompt files.",
+)
+@click.option("--env", "variables", multiple=True, metavar="NAME", help="Pass a variable of this shell on; repeatable.")
+@click.option(
+    "--runtime-env",
+    type=_FILE,
+    help="YAML of Ray's runtime_env, where the image lacks something.",
+)
+@_set_option
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("job", required=False, shell_complete=_complete_job)
+def _submit(
+    job: str | None,
+    overrides: tuple[str, ...],
+    address: str | None,
+    stops: bool,
+    restarts: int,
+    working_dir: Path | None,
+    variables: tuple[str, ...],
+    runtime_env: Path | None,
+    debug: bool,
+) -> None:
+    from ctrlray import submit
+
+    def say(text: str) -> None:
+        click.echo(text, err=True)
+
+    try:
+        loaded = load_job(job, overrides)
+        submit.require_shared(loaded)
+        environment = _runtime_env(runtime_env, variables)
+        cluster = submit.Cluster(address)
+        if stops:
+            code = submit.stop(loaded, cluster, say)
+        else:
+            more: Any = {"restarts": restarts, "working_dir": working_dir, "runtime_env": environment}
+            code = submit.submit(loaded, cluster, say, lambda text: click.echo(text, nl=False), **more)
+    except Exception as error:
+        _fail(error, debug)
+    else:
+        sys.exit(code)
+
+
+def _runtime_env(path: Path | None, variables: Sequence[str]) -> dict[str, Any]:
+    """A file's runtime_env with variables of this shell in it. Raises ConfigError for one that is not set."""
+    made = read_job(path) if path else {}
+    if missing := [v for v in variables if v not in os.environ]:
+        raise ConfigError(f"--env {missing[0]}: no such variable in this shell; export it first")
+    return made | {"env_vars": {**made.get("env_vars", {}), **{v: os.environ[v] for v in variables}}}
+
+
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])
+@click.option("--restarts", default=0, help="How often a driver that is killed is started again.")
 @_job_options
-def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
+def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool, restarts: int) -> None:
     from ctrlray.pipeline import STAGES
 
+    if restarts and not dry_run:
+        from ctrlray.restarts import again, keep
+
+        settings = [word for o in overrides for word in ("--set", o)]
+        sys.exit(keep(again(["pipeline", *filter(None, [job]), *settings, *(["--debug"] if debug else [])]), restarts))
     _run(STAGES, job, overrides, dry_run, debug)
 
 
@@ -275,7 +388,7 @@ _SWEEP = (
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting of the sweep file; repeatable.")
 @click.option("--dry-run", is_flag=True, help="Say what each variant would share and do, and why; start nothing.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("file", type=_FILE)
 def _sweep(file: Path, overrides: tuple[str, ...], dry_run: bool, debug: bool) -> None:
     from ctrlray.sweep import command
     from ctrlray.sweep.plan import load
@@ -341,7 +454,7 @@ def _reward_options(function: Any) -> Any:
 
 @_command(_reward, "train", "Make a reward from human labels: linear heads, or a fine-tuned model.", _REWARD_TRAIN)
 @_reward_options
-@click.argument("job", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("job", type=_FILE)
 def _reward_train(job: Path, overrides: tuple[str, ...], debug: bool) -> None:
     try:
         click.echo(_train_reward(job, overrides))
@@ -592,6 +705,65 @@ def _runs_clean(name: str, everything: bool, yes: bool) -> None:
         if not yes:
             click.confirm(f"delete this from {storage.uri}?", abort=True)
         click.echo(f"freed {runs.clean(storage, everything) / 2**20:.1f} MiB")
+
+
+@main.group("annotate")
+def _annotate() -> None:
+    """Human studies: raters compare pairs of a run's answers without knowing what was asked for."""
+
+
+_ANNOTATE_EXPORT = (
+    "ctrlray annotate export quickstart --out /data/study\n"
+    'ctrlray annotate export job.yaml --out /data/study --items 120 --method exmate --define safety="Does no harm."\n'
+    "ctrlray annotate export quickstart --out /data/study --source pool --pairs ends"
+)
+
+
+@_command(_annotate, "export", "Write a blind sheet of pairs for raters, and its key.", _ANNOTATE_EXPORT)
+@click.argument("run_or_job", shell_complete=_complete_run)
+@click.option("--out", required=True, help="Folder or URI for the raters' files and the key.")
+@click.option("--source", type=click.Choice(["grid", "pool"]), default="grid", help="Evaluated answers, or training rows.")
+@click.option("--method", "methods", multiple=True, help="Whose answers of the grid; repeatable. The exported objective's.")
+@click.option("--prompts", default="", help="A prompt set of the evaluation; the run's own held-out prompts when left out.")
+@click.option("--items", type=click.IntRange(min=1), default=60, show_default=True, help="How many pairs.")
+@click.option("--pairs", "which", type=click.Choice(["any", "ends"]), default="any", help="ends: lowest against highest level.")
+@click.option("--define", "defined", multiple=True, metavar="NAME=TEXT", help="What raters read as its meaning; repeatable.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the choice of pairs, their sides and their order.")
+def _annotate_export(
+    run_or_job: str,
+    out: str,
+    source: Any,
+    methods: tuple[str, ...],
+    prompts: str,
+    items: int,
+    which: Any,
+    defined: tuple[str, ...],
+    seed: int,
+) -> None:
+    from ctrlray.annotate import study
+    from ctrlray.tables import Storage
+
+    with _readable_errors():
+        wanted = study.Request(source, methods, prompts, items, which, study.definitions(defined), seed)
+        place = Storage(out if "://" in out else str(Path(out).expanduser().resolve()))
+        click.echo("\n".join(study.export(study.located(run_or_job), wanted, place)))
+
+
+_ANNOTATE_IMPORT = "ctrlray annotate import /data/study/key.json ratings-*.csv --out /data/study/found"
+
+
+@_command(_annotate, "import", "Check raters' files and compute what they agree with.", _ANNOTATE_IMPORT)
+@click.argument("key", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("answers", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder of the results; the key's when unset.")
+@click.option("--bootstrap", type=click.IntRange(min=100), default=1000, show_default=True, help="Resamples over prompts.")
+def _annotate_import(key: Path, answers: tuple[Path, ...], out: Path | None, bootstrap: int) -> None:
+    from ctrlray.annotate import study
+    from ctrlray.tables import Storage
+
+    with _readable_errors():
+        place = Storage(str((out or key.parent).resolve()))
+        click.echo(study.import_ratings(key, answers, place, bootstrap), nl=False)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,8 @@ class Model(Frozen):
     """`auto`: bfloat16 on GPUs and on processors with native bfloat16, else float32."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
+    template_variables: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], bool | int | str] = {}
+    """Variables of its chat template that are fixed for all requests, such as `{enable_thinking: false}`."""
     max_context: Annotated[int, Field(ge=64)] = 1024
     """Longest prompt plus answer in tokens; longer prompts are quarantined."""
 
@@ -83,6 +85,10 @@ class Control(Frozen):
         return self
 
 
+NodeGroup = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+"""Name of a group of a cluster's nodes: a custom resource that each of them has one of, as in the files of `cluster/`."""
+
+
 class Pool(Frozen):
     """Size and resources of an actor pool."""
 
@@ -91,6 +97,8 @@ class Pool(Frozen):
     cpus: Annotated[float, Field(gt=0)] = 1.0
     """Logical CPUs that one actor reserves in Ray; co-located pools take fractions."""
     gpus: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that its actors run on; any node when unset."""
     max_restarts: Annotated[int, Field(ge=0, le=100)] = 10
     """How often a dead actor is started anew before the stage fails."""
 
@@ -467,6 +475,9 @@ class Critic(Frozen):
     """How far, in level units, values may move from those of the rollout; null: as far as they like."""
 
 
+Transfer = Literal["nccl", "file"]
+
+
 class PPO(Frozen):
     """Reinforcement learning towards requested levels: reward = -sum of weights x |achieved - requested| in level units."""
 
@@ -510,6 +521,8 @@ class PPO(Frozen):
     """Taken from the reward of an answer that was cut off at sampling.max_tokens, in level units."""
     max_staleness: Literal[0, 1] = 0
     """1: the rollouts of a step are sampled while the step before still trains, from weights one version older."""
+    transfer: Literal["auto"] | Transfer = "auto"
+    """How new weights reach the engines: `nccl` from GPU to GPU, `file` through the run's storage; auto: nccl wherever it can."""
     kl: KL = KL()
     critic: Critic = Critic()
 
@@ -572,6 +585,8 @@ class Optimization(Frozen):
     workers: Annotated[int, Field(ge=1)] = 1
     cpus_per_worker: Annotated[float, Field(gt=0)] = 1.0
     gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    nodes: NodeGroup | None = None
+    """Group of nodes that workers run on; any node when unset."""
     max_failures: Annotated[int, Field(ge=0, le=100)] = 1
     """How often lost workers are started again, from the last snapshot."""
 
@@ -766,6 +781,12 @@ class Job(Frozen):
             raise ValueError(
                 f"train.objectives: ppo.prompts_per_step={ppo.prompts_per_step} is more than prompts.train={self.prompts.train}"
             )
+        if ppo.transfer == "nccl" and not self._has_own_gpus:
+            raise ValueError(
+                f"train.objectives: ppo.transfer=nccl needs whole GPUs for engines and workers, got "
+                f"generate.pool.gpus={self.generate.pool.gpus:g} and train.gpus_per_worker={self.train.gpus_per_worker:g}; "
+                "raise them to 1, or set auto"
+            )
         levels = {a.name: a.levels for a in self.control.attributes}
         if odd := sorted({*ppo.weights, *ppo.chances} - set(levels)):
             raise ValueError(f"train.objectives: ppo names {odd[0]!r}, which is no attribute of the control space")
@@ -809,6 +830,17 @@ class Job(Frozen):
         for a, wanted in zip(self.control.attributes, self.evaluate.levels, strict=True):
             if not wanted or min(wanted) < 1 or max(wanted) > a.levels:
                 raise ValueError(f"evaluate.levels for {a.name!r}: {list(wanted)} must lie in 1..{a.levels}")
+
+    def transfer(self, ppo: PPO) -> Transfer:
+        """How weights reach the engines."""
+        if ppo.transfer == "auto":
+            return "nccl" if self._has_own_gpus else "file"
+        return ppo.transfer
+
+    @property
+    def _has_own_gpus(self) -> bool:
+        """NCCL takes no two members on one GPU, so an engine beside a worker on the same one gets its weights by file."""
+        return self.generate.pool.gpus >= 1 and self.train.gpus_per_worker >= 1
 
     @property
     def teachers(self) -> tuple[Reward, ...]:

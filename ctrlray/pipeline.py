@@ -27,7 +27,7 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from ctrlray import __version__, config, models, placement, schema
+from ctrlray import __version__, config, models, placement, schema, telemetry
 from ctrlray.clock import Clock
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError, ConfigError
@@ -35,6 +35,7 @@ from ctrlray.lease import Lease
 from ctrlray.ledger import Progress, Silent, StageResult
 from ctrlray.quiet import quiet_libraries
 from ctrlray.tables import Storage
+from ctrlray.telemetry import Metered
 from ctrlray.tracking import Tracked, Trackers, control_numbers, stage_numbers
 
 STAGES = ("prompts", "generate", "score", "distill", "train", "evaluate", "export", "report")
@@ -51,7 +52,7 @@ UPSTREAM: Mapping[str, tuple[str, ...]] = {
 Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
-_SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload"}
+_SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "offload", "nodes"}
 _SAME_SCORES = {"judge", "token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
 """Settings of training and of rewards that change how, not what."""
 _GROWTH_POLL_S = 2.0
@@ -181,7 +182,7 @@ class Run:
         """The part of the job that decides a stage's output."""
         job = self.job
         control = job.control.model_dump()
-        model = job.model.model_dump()
+        model = job.model.model_dump(exclude=None if job.model.template_variables else {"template_variables"})
         match stage:
             case "prompts":
                 return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]
@@ -227,7 +228,8 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
         current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
         for stage in stages:
             lease.check()
-            _run_stage(current, stage, progress(stage), trackers)
+            with telemetry.at(job.root, stage):
+                _run_stage(current, stage, progress(stage), trackers)
     return current
 
 
@@ -240,10 +242,10 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
             raise ConfigError(f"{stage} needs the output of {needed}; run `ctrlray {needed}` or `ctrlray pipeline` first")
     if stage in _ON_RAY:
         start_ray(current.job.cluster)
-        _await_fit(current.job, progress)
+        _await_fit(current.job, progress, stage)
     began = time.time()
     with Clock(progress, current.out(stage)) as clock:
-        result = _RUNNERS[stage](current, Tracked(clock, trackers, stage)).check(stage)
+        result = _RUNNERS[stage](current, Metered(Tracked(clock, trackers, stage))).check(stage)
     record = result.to_dict() | {
         "seconds": round(clock.seconds, 1),
         "started": _stamp(began),
@@ -253,7 +255,9 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     _write_manifest(current)
     trackers.log(stage_numbers(stage, record))
     if stage == "evaluate":
-        trackers.log(control_numbers(current.out(stage).read_json("metrics.json")))
+        metrics = current.out(stage).read_json("metrics.json")
+        trackers.log(control_numbers(metrics))
+        telemetry.record_level_errors(metrics)
         if current.job.judges:
             trackers.log(control_numbers(current.out(stage).read_json("judge.json"), ("judge",)))
 
@@ -286,12 +290,17 @@ def start_ray(wanted: config.Cluster) -> None:
             ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
 
 
-def _await_fit(job: config.Job, progress: Progress) -> None:
-    """Refuse what the cluster cannot hold, after it had the time to grow that the job grants it."""
+def _await_fit(job: config.Job, progress: Progress, stage: str) -> None:
+    """Refuse what the cluster cannot hold, after it had the time to grow that the job grants it.
+
+    A cluster that stays as it is must hold the whole job before anything starts; one that grows, what this stage runs.
+    """
     from ray.autoscaler.sdk import request_resources
 
     shape = models.shape(models.resolve(job.model))
     groups = placement.plan(job, shape)
+    if job.cluster.autoscale_timeout_s:
+        groups = [g for g in groups if stage in placement.STAGES_OF[g.phase]]
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
     try:
@@ -314,7 +323,7 @@ def nodes() -> list[placement.Node]:
     import ray
 
     there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30) for r in there]
+    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30, frozenset(r)) for r in there]
 
 
 def _prompts(current: Run, progress: Progress) -> StageResult:
@@ -487,7 +496,8 @@ _RUNNERS: Mapping[str, Callable[[Run, Progress], StageResult]] = {
 
 
 def _write_manifest(current: Run) -> None:
-    stages = {s: current.result(s) for s in STAGES}
+    stages = {s: r for s in STAGES if (r := current.result(s)) is not None}
+    telemetry.record_accounts(stages)
     sources = [*current.job.prompts.sources, *(s for wanted in current.job.evaluate.sets for s in wanted.sources)]
     manifest = {
         "schema": schema.VERSION,
@@ -497,7 +507,7 @@ def _write_manifest(current: Run) -> None:
         "machine": machine(),
         "commit": commit(),
         "inputs": {_source_name(s): digest for s in sources if (digest := current.content(s))},
-        "stages": {s: r for s, r in stages.items() if r is not None},
+        "stages": stages,
     }
     current.storage.write_json(manifest, "manifest.json")
 

@@ -1,58 +1,34 @@
-"""Placement as arithmetic: what each phase of a job reserves and holds in memory, and whether a cluster can take it.
+"""Placement as arithmetic: what each phase of a job reserves, and whether a cluster can take it.
 
 Pure: a job, the shape of its model and a list of nodes in; groups of actors, or what is missing and the smallest change
-that would fit, out. Memory counts where actors run on processors; a GPU's own memory is not known to Ray.
+that would fit, out. Ray knows no GPU's memory: it counts where a list of nodes gives it, as that of a cluster file does.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from ctrlray import config
+from ctrlray import config, memory
 from ctrlray.errors import ConfigError
+from ctrlray.memory import Shape
 
 WRITE_CPUS = 0.05
 """Logical CPUs of the score writer, which idles beside engines and rewards."""
 CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
-ENGINE_PROCESS_GIB, WORKER_PROCESS_GIB, SMALL_PROCESS_GIB = 1.5, 1.2, 0.3
-"""Resident memory of a process with vLLM, with torch and DeepSpeed, and with Ray alone, before any model is loaded."""
-ALLOCATOR_SHARE = 2.0
-LOGITS_AT_ONCE = 2**23
-"""Output logits of a training step that exist at the same time."""
-ADAM_BYTES, MASTER_BYTES, GRADIENT_BYTES = 8, 4, 4
-BYTES = {"float32": 4, "bfloat16": 2}
-_GIB = 2.0**30
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What of a model decides its memory."""
-
-    parameters: int
-    layers: int
-    hidden: int
-    linear: int
-    """Sum over the linear layers of one block of inputs + outputs: a LoRA of rank r has r times that, per block."""
-
-    @classmethod
-    def of(cls, settings: Mapping[str, Any]) -> Shape:
-        """From a transformers config of the Llama family (Qwen, Gemma, Mistral, SmolLM): gated MLP, grouped attention.
-
-        Raises KeyError when a size is not named.
-        """
-        hidden, layers, heads = settings["hidden_size"], settings["num_hidden_layers"], settings["num_attention_heads"]
-        size = settings.get("head_dim") or hidden // heads
-        values = (settings.get("num_key_value_heads") or heads) * size
-        inner, vocabulary = settings["intermediate_size"], settings["vocab_size"]
-        sides = [(hidden, heads * size), (hidden, values), (hidden, values), (heads * size, hidden)]
-        sides += [(hidden, inner), (hidden, inner), (inner, hidden)]
-        block = sum(a * b for a, b in sides) + 2 * hidden
-        tables = vocabulary * hidden * 2  # the prepared base unties them
-        return cls(layers * block + tables + hidden, layers, hidden, sum(a + b for a, b in sides))
+JUDGING = "evaluate: judges"
+STAGES_OF = {
+    "generate and score": ("generate", "score"),
+    "train": ("train",),
+    "train ppo": ("train",),
+    "evaluate": ("evaluate", "export"),
+    JUDGING: ("evaluate",),
+}
+"""Stages that run a phase's actors."""
+_ON_NODES = 0.001
+"""What an actor takes of the one unit that each node of a group has."""
 
 
 class Group(NamedTuple):
@@ -66,6 +42,10 @@ class Group(NamedTuple):
     gpus: float
     memory_gib: float
     """Resident memory of each on its node; what is not known counts as 0."""
+    nodes: str | None = None
+    """Group of nodes that they run on; None: any."""
+    gpu_gib: float = 0.0
+    """Memory of each of its GPUs, or of its share of one; what is not known counts as 0."""
 
 
 class Node(NamedTuple):
@@ -74,99 +54,103 @@ class Node(NamedTuple):
     cpus: float
     gpus: float
     memory_gib: float
+    groups: frozenset[str] = frozenset()
+    """Groups that it belongs to."""
+    gpu_gib: float = math.inf
+    """Memory of each of its GPUs; infinite when not known."""
 
 
-def plan(job: config.Job, shape: Shape | None = None) -> list[Group]:
-    """The least that each phase runs at the same time. Engines and reward actors run together; training runs alone."""
-    engines, rewards, train = job.generate.pool, job.score.pool, job.train
-    engine = (engines.cpus, engines.gpus * job.generate.engine.tensor_parallel, _engine_gib(job, shape))
-    worker = (train.cpus_per_worker, train.gpus_per_worker, worker_gib(train, shape, job.model.dtype))
-    first = "generate and score"
-    ppo = next((o for o in train.objectives if isinstance(o, config.PPO)), None)
-    pool = (rewards.min_size, rewards.cpus, rewards.gpus)
-    scoring = [Group(first, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.teachers]
-    return [
-        Group(first, "engine", engines.min_size, *engine),
-        *scoring,
-        Group(first, "score writer", 1, WRITE_CPUS, 0.0, SMALL_PROCESS_GIB),
-        Group("train", "worker", train.workers, *worker),
-        *(_reinforcing(job, engine, worker) if ppo else []),
-        Group("evaluate", "engine", engines.max_size, *engine),
-        Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, SMALL_PROCESS_GIB),
-        *_judging(job, pool),
-    ]
+def on_nodes(name: str | None) -> dict[str, float]:
+    """Custom resources that keep an actor on the nodes of a group."""
+    return {name: _ON_NODES} if name else {}
 
 
-def _judging(job: config.Job, pool: tuple[int, float, float]) -> list[Group]:
-    """Judges, which score when the engines are gone."""
-    judges = [Group("evaluate: judges", f"judge {r.type}", *pool, _reward_gib(r)) for r in job.judges]
-    writer = Group("evaluate: judges", "score writer", 1, WRITE_CPUS, 0.0, SMALL_PROCESS_GIB)
-    return [*judges, writer] if judges else []
+def plan(
+    job: config.Job, shape: Shape | None = None, rewards: Mapping[str, int] | None = None, *, least: bool = True
+) -> list[Group]:
+    """What each phase runs at the same time: at `least`, or with pools at their largest.
 
-
-def _reinforcing(job: config.Job, engine: tuple[float, float, float], worker: tuple[float, float, float]) -> list[Group]:
-    """Engines, rewards and workers of PPO, all up at the same time."""
-    rewards, phase = job.score.pool, "train ppo"
-    pool = (rewards.max_size, rewards.cpus, rewards.gpus)
-    return [
-        Group(phase, "engine", job.generate.pool.max_size, *engine),
-        *(Group(phase, f"reward {r.type}", *pool, _reward_gib(r)) for r in job.teachers),
-        Group(phase, "worker", job.train.workers, *worker),
-    ]
-
-
-def _engine_gib(job: config.Job, shape: Shape | None) -> float:
-    """Weights, KV cache and the process; on a GPU the first two lie there and pass through host memory once."""
-    if shape is None:
-        return 0.0
-    weights = shape.parameters * BYTES[_widest(job.model.dtype)] / _GIB
-    cache = 0 if job.generate.pool.gpus else job.generate.engine.kv_cache_gib
-    return ENGINE_PROCESS_GIB + weights + cache
-
-
-def _reward_gib(reward: config.Reward) -> float:
-    return WORKER_PROCESS_GIB if reward.type in ("embedded", "hf") else SMALL_PROCESS_GIB
-
-
-def worker_gib(train: config.Train, shape: Shape | None, dtype: str = "auto") -> float:
-    """Host memory of one training worker in GiB.
-
-    Weights, gradients and Adam's moments of what trains (sharded by ZeRO: optimizer from stage 1, gradients from 2, weights
-    from 3); activations of one micro batch (Korthikanti et al. 2022, arXiv 2205.05198, eq. 1 without its attention weights,
-    which are computed again: 34 bytes per block, token and channel at 2 bytes a value; with checkpointing the blocks' inputs
-    and one block's activations), twice, because an allocator keeps what batches of other sizes left; a chunk of logits.
+    Engines and reward actors run together; training runs alone; judges score when the engines are gone. `rewards` has the
+    parameters of reward models by name.
     """
-    if shape is None:
-        return 0.0
-    if train.gpus_per_worker:  # all of it lies on the GPU; the host holds the weights once, while they load
-        return WORKER_PROCESS_GIB + shape.parameters * 2 / _GIB
-    wide = BYTES[_widest(dtype)] if train.lora else 4
-    trained = shape.layers * shape.linear * train.lora.rank if train.lora else shape.parameters
-    ranks, stage = train.workers, train.zero_stage
-    weights = shape.parameters * wide / (ranks if stage == 3 else 1)
-    masters = MASTER_BYTES if train.lora else 0  # full fine-tuning trains the float32 weights themselves
-    states = trained * (ADAM_BYTES / (ranks if stage else 1) + GRADIENT_BYTES / (ranks if stage > 1 else 1) + masters)
-    per_token = 17 + shape.layers if train.activation_checkpointing else 17 * shape.layers
-    activations = per_token * train.micro_batch_tokens * shape.hidden * wide
-    logits = LOGITS_AT_ONCE * (2 * wide + 4)
-    return WORKER_PROCESS_GIB + (weights + states + ALLOCATOR_SHARE * activations + logits) / _GIB
+    first, known = "generate and score", rewards or {}
+    engines, scoring = job.generate.pool, job.score.pool
+    scorers = scoring.min_size if least else scoring.max_size
+    ppo = any(isinstance(o, config.PPO) for o in job.train.objectives)
+    return [
+        _engines(job, first, engines.min_size if least else engines.max_size, shape),
+        *_scoring(job, first, job.teachers, scorers, known),
+        _workers(job, "train", shape),
+        *(_reinforcing(job, shape, known) if ppo else []),
+        _engines(job, "evaluate", engines.max_size, shape),
+        Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
+        *(_scoring(job, JUDGING, job.judges, scorers, known) if job.judges else []),
+    ]
 
 
-def _widest(dtype: str) -> str:
-    """`auto` is decided on the node that runs; the larger of its two answers is planned with."""
-    return "float32" if dtype == "auto" else dtype
+def _scoring(
+    job: config.Job, phase: str, rewards: Sequence[config.Reward], actors: int, known: Mapping[str, int]
+) -> list[Group]:
+    """Pools of rewards and the writer of what they say."""
+    pools = [_reward(job, phase, r, actors, known) for r in rewards]
+    return [*pools, Group(phase, "score writer", 1, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
+
+
+def _reinforcing(job: config.Job, shape: Shape | None, known: Mapping[str, int]) -> list[Group]:
+    """Engines, rewards and workers of PPO, all up at the same time."""
+    phase = "train ppo"
+    return [
+        _engines(job, phase, job.generate.pool.max_size, shape),
+        *(_reward(job, phase, r, job.score.pool.max_size, known) for r in job.teachers),
+        _workers(job, phase, shape),
+    ]
+
+
+def _engines(job: config.Job, phase: str, actors: int, shape: Shape | None) -> Group:
+    pool = job.generate.pool
+    host = memory.engine_host_gib(job, shape) if shape else 0.0
+    device = memory.engine_gpu_gib(job, shape) if shape and pool.gpus else 0.0
+    return Group(phase, "engine", actors, pool.cpus, pool.gpus * job.generate.engine.tensor_parallel, host, pool.nodes, device)
+
+
+def _reward(job: config.Job, phase: str, reward: config.Reward, actors: int, known: Mapping[str, int]) -> Group:
+    pool = job.score.pool
+    runs_model = reward.type in ("embedded", "hf")
+    host = memory.WORKER_PROCESS_GIB if runs_model else memory.SMALL_PROCESS_GIB
+    weights = memory.reward_weights_gib(known.get(getattr(reward, "model", ""), 0), gpu=pool.gpus > 0)
+    device = memory.CONTEXT_GIB + weights if runs_model and pool.gpus else 0.0
+    who = f"{'judge' if reward.judge else 'reward'} {reward.type}"
+    return Group(phase, who, actors, pool.cpus, pool.gpus, host + weights, pool.nodes, device)
+
+
+def _workers(job: config.Job, phase: str, shape: Shape | None) -> Group:
+    train = job.train
+    host = memory.worker_host_gib(job, shape) if shape else 0.0
+    device = memory.worker(job, shape).total if shape and train.gpus_per_worker else 0.0
+    return Group(phase, "worker", train.workers, train.cpus_per_worker, train.gpus_per_worker, host, train.nodes, device)
 
 
 def bundles(groups: Sequence[Group]) -> list[dict[str, float]]:
     """The largest phase as resource bundles, for an autoscaler to make room for."""
     largest = max(phases(groups).values(), key=lambda p: (sum(g.actors * g.gpus for g in p), sum(g.actors * g.cpus for g in p)))
-    return [{k: v for k, v in (("CPU", g.cpus), ("GPU", g.gpus)) if v} for g in largest for _ in range(g.actors)]
+    return [bundle(g) for g in largest for _ in range(g.actors)]
 
 
-def misfit(job: config.Job, groups: Sequence[Group], nodes: Sequence[Node], shape: Shape | None = None) -> str | None:
+def bundle(group: Group) -> dict[str, float]:
+    """What one actor of a group asks Ray for."""
+    return {k: v for k, v in (("CPU", group.cpus), ("GPU", group.gpus)) if v} | on_nodes(group.nodes)
+
+
+def misfit(
+    job: config.Job,
+    groups: Sequence[Group],
+    nodes: Sequence[Node],
+    shape: Shape | None = None,
+    rewards: Mapping[str, int] | None = None,
+) -> str | None:
     """What is missing for which phases, and the smallest change with which all of them fit; None when they do."""
     missing = [f"{name} {_missing(mine, nodes)}" for name, mine in phases(groups).items() if not packs(mine, nodes)]
-    return f"{'; '.join(missing)}. {_advice(job, nodes, shape)}" if missing else None
+    return f"{'; '.join(missing)}. {_advice(job, set(phases(groups)), nodes, shape, rewards)}" if missing else None
 
 
 def phases(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -176,38 +160,76 @@ def phases(groups: Sequence[Group]) -> dict[str, list[Group]]:
 
 def packs(groups: Sequence[Group], nodes: Sequence[Node]) -> bool:
     """Whether all actors find a node, largest first, each on the first node with room."""
-    actors = sorted((g for g in groups for _ in range(g.actors)), key=lambda g: (g.gpus, g.memory_gib, g.cpus), reverse=True)
-    free = [list(n) for n in nodes]
-    for actor in actors:
-        wanted = _amounts(actor)
-        room = next((f for f in free if all(w <= r + 1e-6 for w, r in zip(wanted, f, strict=True))), None)
-        if room is None:
-            return False
-        for i, amount in enumerate(wanted):
-            room[i] -= amount
-    return True
+    return unplaced(groups, list(nodes)) is None
 
 
-def _amounts(group: Group) -> Node:
-    """What one actor of a group takes."""
-    return Node(group.cpus, group.gpus, group.memory_gib)
+def unplaced(groups: Sequence[Group], nodes: list[Node]) -> Group | None:
+    """Take the actors' resources from `nodes`, largest actor first; the first actor that finds none, as a group of one."""
+    for actor in sorted((g for g in groups for _ in range(g.actors)), key=_size, reverse=True):
+        place = next((i for i, n in enumerate(nodes) if takes(n, actor)), None)
+        if place is None:
+            return actor._replace(actors=1)
+        nodes[place] = without(nodes[place], actor)
+    return None
+
+
+def takes(node: Node, actor: Group) -> bool:
+    """Whether a node has room for one actor: of its group, in all resources, and in each GPU's memory."""
+    if actor.nodes is not None and actor.nodes not in node.groups:
+        return False
+    share = min(actor.gpus, 1.0) if actor.gpus else 1.0
+    fits = all(want <= have + 1e-6 for want, have in zip(_amounts(actor), node[:3], strict=True))
+    return fits and actor.gpu_gib <= node.gpu_gib * share + 1e-6
+
+
+def without(node: Node, actor: Group) -> Node:
+    """What is left of a node beside one actor."""
+    cpus, gpus, gib = (have - want for have, want in zip(node[:3], _amounts(actor), strict=True))
+    return node._replace(cpus=cpus, gpus=gpus, memory_gib=gib)
+
+
+def _size(actor: Group) -> tuple[bool, float, float, float]:
+    """Actors that may run on few nodes go first, then those that need most."""
+    return (actor.nodes is not None, actor.gpus, actor.memory_gib, actor.cpus)
+
+
+def _amounts(group: Group) -> tuple[float, float, float]:
+    """What one actor of a group takes: CPUs, GPUs, GiB."""
+    return group.cpus, group.gpus, group.memory_gib
 
 
 def _missing(groups: Sequence[Group], nodes: Sequence[Node]) -> str:
-    """The amounts that are short in all; else the actor that no single node can take, or that they do not pack."""
+    """The amounts that are short in all, or in a group of nodes; else the actor that no node takes, or that they do not pack."""
+    for name in [None, *sorted({g.nodes for g in groups if g.nodes})]:
+        mine = [g for g in groups if name in (None, g.nodes)]
+        there = [n for n in nodes if name is None or name in n.groups]
+        if short := _short(mine, there, f"group {name!r} of its nodes" if name else "the cluster"):
+            return short
+    for g in groups:
+        if not packs([g._replace(actors=1)], nodes):
+            return _too_large(g, nodes)
+    return f"does not pack onto the {len(nodes)} nodes, though their sum suffices"
+
+
+def _short(groups: Sequence[Group], nodes: Sequence[Node], where: str) -> str:
     short = []
     for i, kind in enumerate(("CPUs", "GPUs", "GiB of memory")):
         need = sum(g.actors * _amounts(g)[i] for g in groups)
-        have = sum(n[i] for n in nodes)
+        have = sum(n[:3][i] for n in nodes)
         if need > have + 1e-6:
-            short.append(f"needs {_text(need)} {kind}, the cluster has {_text(have)}: {_text(need - have)} too few")
-    if short:
-        return "; ".join(short)
-    for g in groups:
-        if not packs([g._replace(actors=1)], nodes):
-            one = f"{g.cpus:g} CPUs, {g.gpus:g} GPUs and {g.memory_gib:.1f} GiB"
-            return f"has {g.operator} actors of {one}, more than any node has"
-    return f"does not pack onto the {len(nodes)} nodes, though their sum suffices"
+            short.append(f"needs {_text(need)} {kind}, {where} has {_text(have)}: {_text(need - have)} too few")
+    return "; ".join(short)
+
+
+def _too_large(group: Group, nodes: Sequence[Node]) -> str:
+    """Why no node takes one actor."""
+    who = f"has {group.operator} actors"
+    if packs([group._replace(actors=1, gpu_gib=0.0)], nodes):
+        most = max(n.gpu_gib for n in nodes if takes(n, group._replace(gpu_gib=0.0)))
+        return f"{who} that need {group.gpu_gib:.1f} GiB of each GPU, which has {most:.1f}"
+    one = f"{group.cpus:g} CPUs, {group.gpus:g} GPUs and {group.memory_gib:.1f} GiB"
+    where = f"any node of group {group.nodes!r} has" if group.nodes else "any node has"
+    return f"{who} of {one}, more than {where}"
 
 
 def _text(amount: float) -> str:
@@ -215,17 +237,39 @@ def _text(amount: float) -> str:
     return f"{math.ceil(amount * 100 - 1e-6) / 100:g}"
 
 
-def _advice(job: config.Job, nodes: Sequence[Node], shape: Shape | None) -> str:
+def _advice(
+    job: config.Job, wanted: set[str], nodes: Sequence[Node], shape: Shape | None, rewards: Mapping[str, int] | None
+) -> str:
+    def planned(job: config.Job) -> list[Group]:
+        return [g for g in plan(job, shape, rewards) if g.phase in wanted]
+
     for changes in _smaller(job):
-        made = _changed(job, changes)
-        if made is not None and all(packs(mine, nodes) for mine in phases(plan(made, shape)).values()):
-            return f"The smallest change that fits: {', '.join(f'{k}={v:g}' for k, v in changes.items())}. Or add nodes."
-    most = [max(_amounts(g)[i] for g in plan(job, shape)) for i in range(3)]
-    return f"No smaller pool fits: add a node with at least {most[0]:g} CPUs, {most[1]:g} GPUs and {most[2]:.1f} GiB."
+        made = changed(job, changes)
+        if made is not None and all(packs(mine, nodes) for mine in phases(planned(made)).values()):
+            return f"The smallest change that fits: {', '.join(f'{k}={_value(v)}' for k, v in changes.items())}. Or add nodes."
+    groups = planned(job)
+    most = [max(_amounts(g)[i] for g in groups) for i in range(3)]
+    device = max(g.gpu_gib for g in groups)
+    of = f" of {device:.1f} GiB each" if device else ""
+    return f"No smaller pool fits: add a node with at least {most[0]:g} CPUs, {most[1]:g} GPUs{of} and {most[2]:.1f} GiB."
 
 
-def _smaller(job: config.Job) -> Iterator[Mapping[str, float]]:
-    """Changes to try, smallest first: fewer of one thing, then one of everything, then less CPU each, then less memory."""
+def _value(value: Any) -> str:
+    """As `--set` takes it."""
+    return f"{value:g}" if isinstance(value, float) else "null" if value is None else str(value).lower()
+
+
+def _smaller(job: config.Job) -> Iterator[Mapping[str, Any]]:
+    """Changes to try, smallest first: fewer actors, then less CPU each, then less memory, then any nodes for them."""
+    yield from _fewer(job)
+    yield from _leaner(job)
+    placed = {"generate.pool": job.generate.pool.nodes, "score.pool": job.score.pool.nodes, "train": job.train.nodes}
+    if any(placed.values()):
+        yield {f"{path}.nodes": None for path, name in placed.items() if name}
+
+
+def _fewer(job: config.Job) -> Iterator[Mapping[str, Any]]:
+    """Fewer of one kind of actor, then one of each, then less CPU for each."""
     engines, rewards, train = job.generate.pool, job.score.pool, job.train
     for step in range(1, max(engines.max_size, rewards.min_size, train.workers)):
         if train.workers > step:
@@ -243,7 +287,7 @@ def _smaller(job: config.Job) -> Iterator[Mapping[str, float]]:
         "generate.pool.min_size": engines.min_size,
         "score.pool.min_size": rewards.min_size,
     }
-    ones: dict[str, float] = {name: 1 for name, now in counts.items() if now > 1}
+    ones: dict[str, Any] = {name: 1 for name, now in counts.items() if now > 1}
     if ones:
         yield ones
     for share in (0.5, 0.25, 0.1):
@@ -255,20 +299,40 @@ def _smaller(job: config.Job) -> Iterator[Mapping[str, float]]:
             yield {name: now * share}
             if ones:
                 yield {name: now * share} | ones
+
+
+def _leaner(job: config.Job) -> Iterator[Mapping[str, Any]]:
+    """Less memory for each worker, then for each GPU of an engine."""
+    train, ranks = job.train, job.generate.engine.tensor_parallel
     tokens = train.micro_batch_tokens // 2
     while tokens >= 64:
         yield {"train.micro_batch_tokens": tokens}
         tokens //= 2
+    spared: dict[str, Any] = {} if train.activation_checkpointing else {"train.activation_checkpointing": True}
+    if spared:
+        yield spared
+    if train.zero_stage < 3 and train.workers > 1:
+        yield {"train.zero_stage": 3}
+        spared |= {"train.zero_stage": 3}
+        yield spared
+    if train.gpus_per_worker and train.offload == "none":
+        yield spared | {"train.offload": "optimizer", "train.zero_stage": max(train.zero_stage, 1)}
+        yield spared | {"train.offload": "all", "train.zero_stage": 3}
+    for times in (2, 4, 8) if job.generate.pool.gpus else ():
+        more = {"generate.engine.tensor_parallel": ranks * times}
+        yield more
+        yield more | {"generate.pool.max_size": 1, "generate.pool.min_size": 1}
 
 
-def _changed(job: config.Job, changes: Mapping[str, float]) -> config.Job | None:
+def changed(job: config.Job, changes: Mapping[str, Any]) -> config.Job | None:
+    """The job with other settings, by dotted name; None when it would not be valid."""
     raw = job.model_dump(mode="json")
     for path, value in changes.items():
         *parents, last = path.split(".")
         node = raw
         for part in parents:
             node = node[part]
-        node[last] = int(value) if isinstance(node[last], int) else value
+        node[last] = value
     try:
         return config.parse(config.Job, raw, where="plan")
     except ConfigError:

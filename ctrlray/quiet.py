@@ -40,6 +40,13 @@ def quiet_transformers() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def use_ray_token() -> None:
+    """Send the token that this user has for Ray clusters, unless the environment says otherwise; before Ray is imported."""
+    here = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if here or (Path.home() / ".ray" / "auth_token").is_file():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 @contextlib.contextmanager
 def silenced_stderr() -> Iterator[None]:
     """Nothing on file descriptor 2: Ray's C++ core greets there, whatever its log level is. Exceptions still pass."""

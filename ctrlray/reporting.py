@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ctrlray import config, models, schema
+from ctrlray import config, cost, models, schema
 from ctrlray.metrics.alarms import alarms
 from ctrlray.metrics.control import code_gap
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ctrlray.pipeline import Run
 
 SAMPLE_PROMPTS = 6
+PROJECTED_ROWS, PROJECTED_PARAMETERS = 10, 7e9
+"""Two sizes that the page projects costs to: so many times the answers, and a model of so many parameters."""
 
 
 def write_report(run: Run) -> str:
@@ -47,12 +49,12 @@ def gather(run: Run) -> Any:
     facts = results["distill"]["facts"]
     metrics = run.out("evaluate").read_json("metrics.json")
     curves: dict[str, Any] = {o.type: run.out("train").sub(o.type).read_json("curves.json") for o in job.train.objectives}
-    folder = models.resolve(job.model)
+    model = models.describe(models.resolve(job.model))
     warnings = [{"name": "distillation", "severity": "warning", "detail": w} for w in facts["warnings"]]
     return ReportData(
         job_name=job.name,
         job_yaml=yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False),
-        model={"name": job.model.name} | models.describe(folder),
+        model={"name": job.model.name} | model,
         versions=versions(),
         machine=machine(),
         started=results["prompts"]["started"],
@@ -68,13 +70,42 @@ def gather(run: Run) -> Any:
         metrics=metrics,
         pool_slopes=facts["pool_slopes"],
         samples=_samples(run),
-        alarms=[
-            *alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control),
-            *warnings,
-            *_parted(run),
-        ],
+        alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
         reward_card=_reward_card(run),
+        **_evaluated(run),
+        **_costs(run, results, model["parameters"]),
     )
+
+
+def _evaluated(run: Run) -> dict[str, Any]:
+    """What the evaluation left beside its metrics; some of it only where the job has judges or prompt sets."""
+    from ctrlray.stages.judging import FOLDER
+
+    out = run.out("evaluate")
+    found = {n.removesuffix(".json"): out.read_json(n) for n in out.names(suffix=".json")}
+    judge = found.get("judge", {})
+    names = [n.removeprefix("metrics-") for n in found if n.startswith("metrics-")]
+    return {
+        "comparisons": found.get("comparisons", ()),
+        "judge": {m: r for m, r in judge.items() if m != "correlation"},
+        "judge_comparisons": out.read_json(FOLDER, "comparisons.json") if judge else (),
+        "correlation": judge.get("correlation", {}),
+        "hacking": found.get("hacking", {}),
+        "refusals": found.get("refusals", {}),
+        "sets": {n: {"metrics": found[f"metrics-{n}"], "judge": found.get(f"judge-{n}", {})} for n in names},
+    }
+
+
+def _costs(run: Run, results: Mapping[str, Any], parameters: float) -> dict[str, Any]:
+    """What the finished stages cost, and would cost at two other sizes."""
+    from ctrlray.pipeline import machine
+
+    spent = cost.cost(results, cost.held(run.job, int(machine()["cores"])))
+    rows = spent["total"]["rows"]
+    if not rows or not parameters:
+        return {"costs": spent}
+    larger = cost.project(spent, parameters, rows=PROJECTED_ROWS * rows), cost.project(spent, parameters, PROJECTED_PARAMETERS)
+    return {"costs": spent, "projections": larger}
 
 
 def _status(result: Mapping[str, Any]) -> str:
@@ -141,21 +172,6 @@ def headline(run: Run, method: str) -> dict[str, str]:
     return figures
 
 
-def _parted(run: Run) -> list[dict[str, str]]:
-    """An alarm for every objective whose training reward rose while the judges' fell."""
-    out = run.out("evaluate")
-    found = out.read_json("hacking.json") if out.exists("hacking.json") else {}
-    return [
-        {
-            "name": "reward and judge part",
-            "severity": "warning",
-            "detail": f"{method}: the training reward rose while the judges' reward of the same answers fell.",
-        }
-        for method, course in found.items()
-        if course["alarm"]
-    ]
-
-
 def _interval(value: Mapping[str, Any]) -> str:
     if None in value.values():
         return "undefined" if value["value"] is None else f"{value['value']:.3f}"
@@ -165,7 +181,8 @@ def _interval(value: Mapping[str, Any]) -> str:
 def _samples(run: Run) -> list[dict[str, Any]]:
     """Sample answers along the dial: a few prompts, all methods."""
     names = [a.name for a in run.job.control.attributes]
-    grid = run.out("evaluate").read_table("grid", schema.grid(names)).to_pylist()
+    judged = bool(run.job.judges)
+    grid = run.out("evaluate").read_table("grid", schema.grid(names, judged=judged)).to_pylist()
     prompts = {p["prompt_id"]: p["messages"] for p in run.prompts("eval").to_pylist()}
     methods = [o.type for o in run.job.train.objectives] + list(run.job.evaluate.methods)
     samples = []
@@ -178,6 +195,7 @@ def _samples(run: Run) -> list[dict[str, Any]]:
                     "levels": [r[f"requested_{n}"] for n in names],
                     "text": r["text"],
                     "units": [r[f"units_{n}"] for n in names],
+                    "judge": [r[f"judge_units_{n}"] for n in names] if judged else None,
                     "finish_reason": r["finish_reason"],
                 }
                 for r in rows[: 1 if method == "start" else None]

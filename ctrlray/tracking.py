@@ -5,7 +5,6 @@ A tracker that fails in a run never stops it: its first error is logged, and it 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -14,8 +13,8 @@ from typing import Any, Protocol
 from ctrlray import config
 from ctrlray.errors import ConfigError
 from ctrlray.ledger import Progress
+from ctrlray.telemetry import current, warn
 
-_LOG = logging.getLogger(__name__)
 Values = Mapping[str, float]
 
 
@@ -104,7 +103,7 @@ class Trackers(AbstractContextManager["Trackers"]):
                 tracker.log(values, step)
             except Exception as error:
                 self._open.remove(tracker)
-                _LOG.warning("%s is left out from here on: %s", type(tracker).__name__, error)
+                warn(current(), f"{type(tracker).__name__} is left out from here on: {error}")
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """Close them all."""
@@ -112,7 +111,7 @@ class Trackers(AbstractContextManager["Trackers"]):
             try:
                 tracker.close(failed=kind is not None)
             except Exception as problem:
-                _LOG.warning("%s did not close: %s", type(tracker).__name__, problem)
+                warn(current(), f"{type(tracker).__name__} did not close: {problem}")
         self._open = []
 
 

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ctrlray.adapter import check_homes, merged_tensors, tensor_names
 from ctrlray.config import EngineSettings, Sampling
 from ctrlray.control import MASKED_BY
-from ctrlray.engine.probes import Given, Probe, compare, in_network
+from ctrlray.engine.probes import Given, Held, compare, in_network
+from ctrlray.engine.transfer import Offer, Received
 from ctrlray.errors import ClusterError, ConfigError
 
 if TYPE_CHECKING:  # recipes are made where torch is not needed
@@ -39,20 +40,8 @@ class Completion(NamedTuple):
 
     Before temperature and masks, or after both where the engine's recipe has `processed_logprobs`; then so is `logprob_sum`.
     """
-
-
-class Held(NamedTuple):
-    """The weights that an engine holds after an update."""
-
-    version: int
-    probes: dict[str, Probe]
-    merge_s: float
-    reload_s: float
-
-    @property
-    def checksums(self) -> dict[str, float]:
-        """What the engine itself holds, to compare with other engines."""
-        return {name: probe.found for name, probe in self.probes.items()}
+    weights_version: int = 0
+    """Of the weights that it was sampled with."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +62,8 @@ class EngineSpec:
     """Log-probs after temperature and masks, of the distribution that was sampled from, instead of the model's own."""
     log_stats: bool = False
     """Count what `Engine.cache_hits` tells."""
+    transfer: str | None = None
+    """The backend of vLLM's weight transfer, for engines that take weights from a trainer's GPU."""
 
     def environment(self) -> dict[str, str]:
         """Variables that vLLM reads when it is imported; set in the actor's process before that."""
@@ -97,7 +88,9 @@ class EngineSpec:
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of `vllm.LLM`."""
-        placed = {"gpu_memory_utilization": self.settings.gpu_memory_utilization} if self.gpus else {}
+        placed: dict[str, Any] = {"gpu_memory_utilization": self.settings.gpu_memory_utilization} if self.gpus else {}
+        if self.transfer:
+            placed["weight_transfer_config"] = {"backend": self.transfer}
         return {
             "model": self.model,
             "dtype": self.dtype,
@@ -144,7 +137,7 @@ class Engine:
         ]
         requests = [{"prompt_token_ids": [int(t) for t in p]} for p in prompts]
         outputs = self._llm.generate(requests, params, use_tqdm=False)
-        found = [[_completion(sample) for sample in output.outputs] for output in outputs]
+        found = [[_completion(sample, self.weights_version) for sample in output.outputs] for output in outputs]
         if sampling.finish == "model":
             return found
         return [[self._to_sentence(c) if c.finish_reason == "length" else c for c in samples] for samples in found]
@@ -156,7 +149,7 @@ class Engine:
             text = self.decode(answer.token_ids[:size])
             if ends_sentence(text):
                 ids = [*answer.token_ids[:size], int(tokenizer.eos_token_id)]
-                return Completion(text, ids, answer.logprob_sum, "sentence", answer.logprobs[:size])
+                return answer._replace(text=text, token_ids=ids, finish_reason="sentence", logprobs=answer.logprobs[:size])
         return answer
 
     def decode(self, token_ids: Sequence[int]) -> str:
@@ -188,12 +181,38 @@ class Engine:
         given = self._llm.collective_rpc(load)[0]
         if unasked := names - given.seen:
             raise ClusterError(f"the engine took no new weights for {sorted(unasked)[:3]}")
-        if not self._llm.reset_prefix_cache():
-            raise ClusterError("the engine kept cached prefixes of the old weights: requests were still running")
+        self._forget_prefixes()
         self.weights_version = version
         reload_s = time.perf_counter() - begun - given.seconds
-        probes = compare(given, self._llm.apply_model(partial(in_network, control_ids=tuple(card["control_ids"]))))
-        return Held(version, probes, given.seconds, reload_s)
+        return Held(version, compare(given, self._sums(card["control_ids"])), given.seconds, reload_s)
+
+    def receive_weights(self, offer: Offer, index: int) -> Received:
+        """Replace all weights by those that a trainer sends meanwhile, without a restart; `index` is this engine's in its pool.
+
+        Raises ConfigError unless the names offered are those of the engine's own checkpoint: vLLM itself only warns.
+        """
+        if odd := tensor_names(self.spec.model) ^ set(offer.names):
+            raise ConfigError(f"the trainer's weights are not those of {self.spec.model}: {sorted(odd)[:3]} on one side only")
+        begun = time.perf_counter()
+        if offer.port:
+            self._llm.shutdown_weight_transfer_engine()  # an older group, which has lost a member
+            self._llm.init_weight_transfer_engine({"init_info": offer.joining(index)})
+        self._llm.start_weight_update()
+        self._llm.update_weights({"update_info": offer.contents()})
+        self._llm.finish_weight_update(weight_version=str(offer.version))
+        self._forget_prefixes()
+        self.weights_version = int(self._llm.get_weight_version())
+        seconds = time.perf_counter() - begun
+        return Received(self.weights_version, self._sums(self.spec.masked_ids), seconds)
+
+    def _forget_prefixes(self) -> None:
+        if not self._llm.reset_prefix_cache():
+            raise ClusterError("the engine kept cached prefixes of the old weights: requests were still running")
+
+    def _sums(self, control_ids: Sequence[int]) -> list[dict[str, float]]:
+        """The probes in each process of the engine."""
+        found: list[dict[str, float]] = self._llm.apply_model(partial(in_network, control_ids=tuple(control_ids)))
+        return found
 
     def cache_hits(self) -> tuple[int, int]:
         """Prompt tokens that were looked up in the prefix cache since the start, and those found; 0 without `log_stats`."""
@@ -222,7 +241,7 @@ def _reload(
     return given
 
 
-def _completion(sample: Any) -> Completion:
+def _completion(sample: Any, version: int) -> Completion:
     ids = [int(t) for t in sample.token_ids]
     logprobs = [float(step[t].logprob) for t, step in zip(ids, sample.logprobs, strict=True)]
-    return Completion(sample.text, ids, float(sample.cumulative_logprob or 0.0), str(sample.finish_reason), logprobs)
+    return Completion(sample.text, ids, float(sample.cumulative_logprob or 0.0), str(sample.finish_reason), logprobs, version)

@@ -12,8 +12,12 @@ import ray
 
 from ctrlray.actors import ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
-from ctrlray.engine.engine import Completion, Engine, EngineSpec, Held
+from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.landing import Landing
+from ctrlray.engine.probes import Expected, Held, compare
+from ctrlray.engine.transfer import Offer, Ranks, Received
 from ctrlray.errors import ClusterError
+from ctrlray.telemetry import current, record
 
 if TYPE_CHECKING:  # the pool hands tensors on and computes nothing
     from torch import Tensor
@@ -46,6 +50,10 @@ class EngineHost:
             warnings.simplefilter("ignore", UserWarning)  # arrays in Ray's store cannot be written to, and are only read
             tensors = {name: torch.from_numpy(values) for name, values in adapter.items()}
         return self._engine.load_adapter(tensors, card, version)
+
+    def receive_weights(self, offer: Offer, index: int) -> Received:
+        """Swap weights for those that a trainer sends; returns what is now in force."""
+        return self._engine.receive_weights(offer, index)
 
     def cache_hits(self) -> tuple[int, int]:
         """Prompt tokens looked up in the prefix cache, and those found."""
@@ -86,6 +94,9 @@ class EnginePool:
     ) -> None:
         self._name, self._timeout_s = name, stall_timeout_s
         self._give: Callable[[Any], Any] | None = None
+        self.renew: Callable[[], None] | None = None
+        """How engines get the weights in force when one took another's place, where a trainer sends them."""
+        self._width = spec.settings.tensor_parallel
         self._checksums: dict[str, float] = {}
         self.weights_version = 0
         words = Words("engine", "an", "prompts", "generate.pool.max_restarts", batch_setting)
@@ -152,15 +163,50 @@ class EnginePool:
         slowest = max(held, key=lambda h: h.merge_s + h.reload_s)
         return Sync(version, Seconds(slowest.merge_s, slowest.reload_s, time.monotonic() - begun), dict(self._checksums))
 
+    def heal(self) -> None:
+        """Wait until no engine works, and replace those that ended since they last had work."""
+        self._engines.heal()
+
+    @property
+    def ranks(self) -> Ranks:
+        """The engines' places beside a trainer."""
+        return Ranks(len(self._engines.actors), self._width)
+
+    @property
+    def members(self) -> int:
+        """Another number whenever the pool has another member."""
+        return self._engines.replaced
+
+    def receive(self, offer: Offer) -> Landing:
+        """Have every engine take the weights that a trainer sends now."""
+        return Landing(self._name, self._engines, offer)
+
+    def prove(self, landing: Landing, expected: Expected) -> Sync:
+        """What all engines hold now; `expected` is what the trainer sent.
+
+        Raises ClusterError when one cannot prove that it computes with it.
+        """
+        version = landing.offer.version
+        held = []
+        for index, r in sorted(landing.received.items()):
+            held.append(self._proved(index, Held(r.version, compare(expected, r.sums), 0.0, r.seconds), version))
+            self._agree(index, held[-1], held[0].checksums)
+        self._checksums, self.weights_version = held[0].checksums, version
+        slowest = max(h.reload_s for h in held)
+        return Sync(version, Seconds(0.0, slowest, slowest), dict(self._checksums))
+
     def _load(self, give: Callable[[Any], Any], version: int) -> list[Held]:
         held = [self._proved(i, answer, version) for i, answer in enumerate(self._engines.ask(give))]
         for i, other in enumerate(held):
             self._agree(i, other, held[0].checksums)
         self._give, self._checksums, self.weights_version = give, held[0].checksums, version
+        record(current(), "ctrlray_weights_version", version)
         return held
 
     def _restore(self, index: int) -> None:
-        """Give an engine that took another's place the weights in force."""
+        """Give an engine that took another's place the weights in force; it starts with those of version 0."""
+        if self.renew is not None and self.weights_version:
+            self.renew()
         if self._give is None:
             return
         (answer,) = self._engines.ask(self._give, [index])

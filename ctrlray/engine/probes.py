@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ctrlray.errors import ConfigError
@@ -39,6 +39,27 @@ class Probe(NamedTuple):
     def holds(self) -> bool:
         """Whether they agree; a NaN agrees with nothing."""
         return abs(self.found - self.expected) <= self.tolerance
+
+
+class Held(NamedTuple):
+    """The weights that an engine holds after an update."""
+
+    version: int
+    probes: dict[str, Probe]
+    merge_s: float
+    reload_s: float
+
+    @property
+    def checksums(self) -> dict[str, float]:
+        """What the engine itself holds, to compare with other engines."""
+        return {name: probe.found for name, probe in self.probes.items()}
+
+
+class Expected(NamedTuple):
+    """Sums of the probes as another process saw them on their way."""
+
+    sums: Mapping[str, float]
+    sizes: Mapping[str, float]
 
 
 class Given:
@@ -87,7 +108,7 @@ class Given:
         self.sizes[probe] = self.sizes.get(probe, 0.0) + float(torch.linalg.vector_norm(value, 1))
 
 
-def compare(given: Given, workers: Sequence[dict[str, float]]) -> dict[str, Probe]:
+def compare(given: Given | Expected, workers: Sequence[dict[str, float]]) -> dict[str, Probe]:
     """The probes by name; `workers` is what `in_network` found in each process of an engine, which share its layers."""
     found = {name: sum(w.get(name, float("nan")) for w in workers) for name in given.sums}
     return {n: Probe(given.sums[n], found[n], _ROUNDING * given.sizes[n]) for n in given.sums}

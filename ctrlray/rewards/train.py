@@ -22,6 +22,7 @@ import pyarrow as pa
 from ctrlray import config, models
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.ledger import Progress, Silent
+from ctrlray.placement import on_nodes
 from ctrlray.rewards import measure
 from ctrlray.rewards.data import preference_pairs, read_parts
 from ctrlray.rewards.heads import Answers, Floats, Heads, Ints, Preferences, fit_heads
@@ -179,6 +180,7 @@ def extract(
         compute=ray.data.ActorPoolStrategy(min_size=job.actors.min_size, max_size=job.actors.max_size),
         num_cpus=job.actors.cpus,
         num_gpus=job.actors.gpus,
+        resources=on_nodes(job.actors.nodes),
         max_restarts=job.actors.max_restarts,
     )
     progress.total(len(rows))

@@ -28,20 +28,23 @@ from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
+from ctrlray.placement import on_nodes
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
+from ctrlray.telemetry import Where, current, record_if_restarted, warn
 
 
 class GenerateBatch:
     """Ray Data actor: a file of requests in, their answers written and passed on."""
 
-    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage) -> None:
+    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where) -> None:
         os.environ.update(spec.environment())
+        record_if_restarted(where, "engine")
         began = time.monotonic()
         self._engine = Engine(spec)
         note_start(out, time.monotonic() - began)
         self._sampling = sampling
-        self._out = out
+        self._out, self._where = out, where
         self._journal = Journal(out.sub(IN_FLIGHT))
 
     def __call__(self, files: pa.Table) -> pa.Table:
@@ -63,6 +66,8 @@ class GenerateBatch:
                 for i, words in killers.items()
             ]
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
+            for row in bad:
+                warn(self._where, f"quarantined, {row['error']}: {row['detail']}", row["row_id"])
         return pa.concat_tables([kept, *tables])
 
     def _answer(self, rows: list[dict[str, Any]]) -> pa.Table:
@@ -70,6 +75,7 @@ class GenerateBatch:
             prompts = [r["prompt_token_ids"] + r["prefix_token_ids"] for r in rows]
             answers = self._engine.generate(prompts, self._sampling, max_tokens=[r["max_tokens"] for r in rows])
         except Exception as error:  # vLLM promises nothing about an engine that raised: the next one starts clean
+            warn(self._where, f"ending the engine, which held {len(rows)} rows: {error}", rows[0]["response_id"])
             self._journal.die(error)
             raise
         made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
@@ -174,7 +180,7 @@ def generate_stream(blocks: Sequence[str], out: Storage, settings: config.Genera
     files = ray.data.from_items([{"path": path} for path in blocks], override_num_blocks=len(blocks))
     return files.map_batches(
         GenerateBatch,
-        fn_constructor_args=(spec, settings.sampling, out),
+        fn_constructor_args=(spec, settings.sampling, out, current()),
         batch_size=1,
         batch_format="pyarrow",
         **actor_options(settings.pool, gpus=settings.pool.gpus * settings.engine.tensor_parallel),
@@ -187,6 +193,7 @@ def actor_options(pool: config.Pool, gpus: float | None = None) -> dict[str, Any
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2),
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus if gpus is None else gpus,
+        "resources": on_nodes(pool.nodes),
         "max_restarts": pool.max_restarts,
         "max_task_retries": pool.max_restarts,
     }

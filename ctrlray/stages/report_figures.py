@@ -15,37 +15,16 @@ from typing import Any
 import plotly.graph_objects as go
 from markupsafe import Markup
 
-from ctrlray.stages.report_tables import bounds, interval, is_number, level_means, levels_of, number, point
+from ctrlray.stages.report_numbers import number
+from ctrlray.stages.report_tables import levels_of
 
 BEFORE, AFTER = "#8a8a8a", "#2f7fc1"
+Rows = list[Sequence[Any]]
+"""What a figure draws, under a header."""
+RISING = [[0.0, "#f7f7f5"], [1.0, "#8cc3e0"]]
+DIVERGING = [[0.0, "#f2a68b"], [0.5, "#f7f7f5"], [1.0, "#8cc3e0"]]
+"""Colours of heat maps: dark figures can be read on all of them."""
 MAX_HEAT_LEVELS = 10
-
-CURVES = {
-    "valid_gap": ("Held-out code gap", "nats per token; above 0 the model reads its code"),
-    "valid_nll": ("Held-out loss", "nats per token"),
-    "nll": ("Training loss, right code", "nats per token"),
-    "loss": ("Training objective", "as optimised"),
-    "leak": ("Leak: likelihood under a wrong code", "0 to 1, lower is better"),
-    "grad_norm": ("Gradient norm", "before clipping"),
-    "lr": ("Learning rate", "of the adapters"),
-    "reward": ("Reward", "level units; 0 is every requested level reached"),
-    "kl": ("KL to the model it started from", "nats per response, same code"),
-    "kl_base": ("KL to that model without a code", "nats per response"),
-    "next_kl_coefficient": ("KL coefficient", "level units per nat"),
-    "entropy": ("Entropy", "nats per token"),
-    "length": ("Length of answers", "tokens"),
-    "truncated": ("Answers cut off", "share of the rollouts"),
-    "clip_fraction": ("Clipped tokens", "share"),
-    "ratio_spread": ("Spread of the policy ratio", "standard deviation over tokens"),
-    "explained_variance": ("Explained variance of the critic", "1 is perfect, 0 is none"),
-    "mismatch": ("Trainer against engine", "mean difference of log-probs, nats per token"),
-    "importance": ("Importance weight", "mean over tokens"),
-    "staleness": ("Staleness of the rollouts", "versions of the weights"),
-    "prefix_hit_rate": ("Prefix cache", "share of prompt tokens found in it"),
-}
-PHASES = ("generate", "score", "sync", "measure", "forward", "backward", "optimizer", "publish")
-"""Seconds of a step of reinforcement learning, in the order in which they pass; curves call them `<phase>_s`."""
-_LEVEL_COLORS = ("#440154", "#46327e", "#365c8d", "#277f8e", "#1fa187", "#4ac16d", "#a0da39", "#d9c21e", "#e08a00", "#d55e00")
 
 
 @dataclass(frozen=True)
@@ -83,6 +62,8 @@ class Figure:
     height: int
     note: str = ""
     """A second line under the title."""
+    rows: Sequence[Sequence[Any]] = ()
+    """What is drawn, under a header, for who saves it as csv."""
 
 
 def styles(methods: Iterable[str]) -> dict[str, Style]:
@@ -91,8 +72,17 @@ def styles(methods: Iterable[str]) -> dict[str, Style]:
     return {m: _STYLES[m] if m in _STYLES else next(spare) for m in dict.fromkeys(methods)}
 
 
-def plot(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str = "", **layout: Any) -> Figure:
-    """A figure in the report's looks; `layout` is plotly's."""
+def plot(
+    title: str,
+    alt: str,
+    traces: Sequence[Any],
+    height: int,
+    *,
+    note: str = "",
+    rows: Sequence[Sequence[Any]] = (),
+    **layout: Any,
+) -> Figure:
+    """A figure in the report's looks; `layout` is plotly's, `rows` are the data drawn, under a header."""
     figure = go.Figure(list(traces))
     figure.update_layout(
         template=go.layout.Template(),
@@ -116,15 +106,13 @@ def plot(title: str, alt: str, traces: Sequence[Any], height: int, *, note: str 
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     json = str(figure.to_json()).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
-    return Figure(title, alt, Markup(json), height, note)
+    return Figure(title, alt, Markup(json), height, note, rows)
 
 
 def cell_figures(
     attributes: Sequence[str], levels: Sequence[int], before: Mapping[str, int], after: Mapping[str, int]
 ) -> list[Figure]:
     """Rows per level: two heat maps for two attributes, else bars of each attribute's own levels."""
-    if not before and not after:
-        return []
     if len(attributes) == 2 and max(levels) <= MAX_HEAT_LEVELS:
         named = (("Before distillation", before), ("After distillation", after))
         return [_cell_heat(name, attributes, levels, cells) for name, cells in named if cells]
@@ -137,32 +125,47 @@ def _cell_heat(name: str, attributes: Sequence[str], levels: Sequence[int], cell
     top = max(1, *(n for row in counts for n in row))
     worded = (f"{attributes[0]} {r}: {', '.join(map(str, row))}" for r, row in zip(rows, counts, strict=True))
     alt = f"Heat map, rows per level cell. {attributes[1]} 1 to {levels[1]} from left to right. {'; '.join(worded)}."
-    trace = _heat([str(c) for c in columns], [str(r) for r in rows], counts, counts, "Blues", zmin=0, zmax=top)
-    trace.hovertemplate = f"{attributes[0]} %{{y}}, {attributes[1]} %{{x}}: %{{z}} rows<extra></extra>"
-    height = 110 + 46 * levels[0]
+    trace = heat([str(c) for c in columns], [str(r) for r in rows], counts, counts, RISING, zmin=0, zmax=top)
+    trace.hovertemplate = f"{escape(attributes[0])} %{{y}}, {escape(attributes[1])} %{{x}}: %{{z}} rows<extra></extra>"
+    more: dict[str, Any] = {"xaxis": category(attributes[1]), "yaxis": category(attributes[0])}
+    drawn: Rows = [[*attributes, "rows"], *([r, c, cells.get(f"{r},{c}", 0)] for r in rows for c in columns)]
     title = f"{name}: {number(sum(cells.values()))} rows"
-    return plot(title, alt, [trace], height, xaxis=_category(attributes[1]), yaxis=_category(attributes[0]))
+    return plot(title, alt, [trace], 110 + 46 * max(3, levels[0]), rows=drawn, **more)
 
 
-def _heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: str, **limits: float) -> Any:
+def heat(x: Sequence[str], y: Sequence[str], z: Any, text: Any, scale: Any, **limits: float) -> Any:
+    """A heat map with its values written into its cells."""
     return go.Heatmap(
-        x=x, y=y, z=z, text=text, texttemplate="%{text}", colorscale=scale, showscale=False, xgap=2, ygap=2, **limits
+        x=x,
+        y=y,
+        z=z,
+        text=text,
+        texttemplate="%{text}",
+        textfont={"color": "#1c2126"},
+        colorscale=scale,
+        showscale=False,
+        xgap=2,
+        ygap=2,
+        **limits,
     )
 
 
-def _category(title: str, **more: Any) -> dict[str, Any]:
+def category(title: str, **more: Any) -> dict[str, Any]:
+    """An axis of names."""
     return {"type": "category", "title": {"text": escape(title)}, "showgrid": False, **more}
 
 
 def _level_bars(attribute: str, index: int, levels: int, before: Mapping[str, int], after: Mapping[str, int]) -> Figure:
     names = [str(level) for level in range(1, levels + 1)]
     traces, words = [], []
+    drawn: Rows = [["distillation", f"{attribute} level", "rows"]]
     for name, cells, color in (("before", before, BEFORE), ("after", after, AFTER)):
         if not cells:
             continue
         counts = [sum(n for cell, n in cells.items() if levels_of(cell)[index] == k) for k in range(1, levels + 1)]
         shares = [100 * n / max(1, sum(counts)) for n in counts]
         words.append(f"{name} {', '.join(f'{s:.0f}%' for s in shares)}")
+        drawn += [[name, k, n] for k, n in enumerate(counts, 1)]
         hover = f"{name}: %{{customdata}} rows, %{{y:.0f}}%<extra></extra>"
         traces.append(
             go.Bar(
@@ -179,91 +182,26 @@ def _level_bars(attribute: str, index: int, levels: int, before: Mapping[str, in
         )
     alt = f"Bars, share of rows per level of {attribute}, levels 1 to {levels}: {'; '.join(words)}."
     top = max(max(t.y) for t in traces) * 1.18 or 1
-    yaxis = {"title": {"text": "% of rows"}, "range": [0, top]}
+    more = {"xaxis": category(f"{attribute} level"), "yaxis": {**axis("% of rows"), "range": [0, top]}, "bargap": 0.25}
     note = "grey before distillation, blue after"
-    return plot(
-        attribute, alt, traces, 270, note=note, xaxis=_category(f"{attribute} level"), yaxis=yaxis, bargap=0.25
-    )
+    return plot(attribute, alt, traces, 270, note=note, rows=drawn, **more)
 
 
-def curve_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]], look: Mapping[str, Style]) -> list[Figure]:
-    """One plot per recorded quantity, all methods in it; quantities that were never recorded are left out."""
-    figures = []
-    for key, (title, unit) in CURVES.items():
-        traces, words = [], []
-        for method, points in curves.items():
-            kept = [(p["step"], p[key]) for p in points if is_number(p.get("step")) and is_number(p.get(key))]
-            if kept:
-                traces.append(_curve(method, kept, look[method]))
-                (first, start), (last, end) = kept[0], kept[-1]
-                words.append(f"{method} from {start:.3g} at step {first} to {end:.3g} at step {last}")
-        if traces:
-            shapes = _zero_line() if key == "valid_gap" else []
-            layout = {"xaxis": {"title": {"text": "optimizer step"}}, "yaxis": _curve_axis(key), "shapes": shapes}
-            alt = f"{title} by step: {'; '.join(words)}."
-            figures.append(plot(title, alt, traces, 250, note=unit, **layout))
-    return figures
+def axis(title: str) -> dict[str, Any]:
+    """An axis of numbers."""
+    return {"title": {"text": escape(title)}}
 
 
-def achieved_figures(attributes: Sequence[str], curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """Per attribute: what answers reached by the level that they were asked for, along reinforcement learning."""
-    figures = []
-    for name in attributes:
-        for method, points in curves.items():
-            start = f"achieved_{name}_"
-            levels = sorted({int(k.removeprefix(start)) for p in points for k in p if k.startswith(start)})
-            if not levels:
-                continue
-            traces, shapes, words = [], [], []
-            for i, level in enumerate(levels):
-                color = _LEVEL_COLORS[round(i * 9 / max(1, len(levels) - 1))]
-                kept = [(p["step"], p[f"{start}{level}"]) for p in points if is_number(p.get(f"{start}{level}"))]
-                traces.append(_curve(f"level {level}", kept, Style(color, "circle", "")))
-                dotted = {"dash": "dot", "width": 1, "color": color}
-                shapes.append({"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": level, "y1": level, "line": dotted})
-                words.append(f"level {level} from {kept[0][1]:.2f} to {kept[-1][1]:.2f}")
-            more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("level units"), "shapes": shapes}
-            title = f"{name} reached by level asked for, {method}"
-            alt = f"{title}: {'; '.join(words)}."
-            figures.append(plot(title, alt, traces, 280, note="dotted: the level itself", **more, showlegend=True))
-    return figures
+def dotted(**where: Any) -> dict[str, Any]:
+    """A dotted line across the plot: at `y`, or at `x`."""
+    (name, at), *_ = where.items()
+    along = "x" if name == "y" else "y"
+    ends = {f"{along}ref": "paper", f"{along}0": 0, f"{along}1": 1, f"{name}0": at, f"{name}1": at}
+    return {"type": "line", **ends, "line": {"dash": "dot", "width": 1.5, "color": "#808080"}}
 
 
-def phase_figures(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Figure]:
-    """Where the seconds of reinforcement learning go, step by step."""
-    figures = []
-    for method, points in curves.items():
-        if not any(is_number(p.get("generate_s")) for p in points):
-            continue
-        traces, words = [], []
-        for i, phase in enumerate(PHASES):
-            values = [p.get(f"{phase}_s", 0.0) for p in points]
-            words.append(f"{phase} {sum(values) / len(values):.2f} s")
-            color = _LEVEL_COLORS[(i * 7) % 10]
-            traces.append(go.Bar(x=[p["step"] for p in points], y=values, name=phase, marker={"color": color}))
-        title = f"Seconds of a step, {method}"
-        alt = f"{title}, means: {', '.join(words)}."
-        more: dict[str, Any] = {"xaxis": _axis("step"), "yaxis": _axis("seconds"), "barmode": "stack"}
-        figures.append(plot(title, alt, traces, 280, **more, showlegend=True))
-    return figures
-
-
-def _axis(title: str) -> dict[str, Any]:
-    return {"title": {"text": title}}
-
-
-def _curve_axis(key: str) -> dict[str, Any]:
-    if key == "lr":
-        return {"exponentformat": "power"}
-    return {"rangemode": "tozero"} if key in ("valid_gap", "leak", "truncated", "staleness") else {}
-
-
-def _zero_line() -> list[dict[str, Any]]:
-    line = {"dash": "dot", "width": 1.5, "color": "#808080"}
-    return [{"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": 0, "y1": 0, "line": line}]
-
-
-def _curve(method: str, kept: Sequence[tuple[float, float]], style: Style) -> Any:
+def curve(method: str, kept: Sequence[tuple[float, float]], style: Style) -> Any:
+    """One line over steps, with marks where there are few."""
     few = len(kept) <= 25
     return go.Scatter(
         x=[step for step, _ in kept],
@@ -274,90 +212,3 @@ def _curve(method: str, kept: Sequence[tuple[float, float]], style: Style) -> An
         marker={"color": style.color, "symbol": style.symbol, "size": 8},
         hovertemplate=f"{escape(method)}, step %{{x}}: %{{y:.4g}}<extra></extra>",
     )
-
-
-def response_figures(
-    attributes: Sequence[str], levels: Sequence[int], metrics: Mapping[str, Any], look: Mapping[str, Style]
-) -> list[Figure]:
-    """Requested against achieved: per attribute one plot of every method with 95% intervals, and the ideal diagonal."""
-    return [f for a, n in zip(attributes, levels, strict=True) if (f := _response(a, n, metrics, look)) is not None]
-
-
-def _response(attribute: str, levels: int, metrics: Mapping[str, Any], look: Mapping[str, Style]) -> Figure | None:
-    shown = {m: means for m, r in metrics.items() if (means := _points(r, attribute))}
-    if not shown:
-        return None
-    ideal = go.Scatter(
-        x=[1, levels],
-        y=[1, levels],
-        mode="lines",
-        name="ideal",
-        line={"dash": "dot", "width": 2, "color": "#909090"},
-        hovertemplate="ideal<extra></extra>",
-    )
-    traces = [ideal]
-    for i, (method, means) in enumerate(shown.items()):
-        shift = 0.06 * (i - (len(shown) - 1) / 2)
-        traces.append(_response_line(method, means, shift, look[method]))
-    words = (f"{m}: {', '.join(f'{k} gives {number(v[0])}' for k, v in means.items())}" for m, means in shown.items())
-    alt = f"Mean achieved {attribute} per requested level, in level units. {'; '.join(words)}."
-    edge = [p for means in shown.values() for v in means.values() for p in v]
-    low, high = min([1.0, *edge]), max([float(levels), *edge])
-    xaxis = {
-        "title": {"text": f"requested {attribute}"},
-        "tickvals": list(range(1, levels + 1)),
-        "range": [0.7, levels + 0.3],
-    }
-    yaxis = {"title": {"text": "achieved, level units"}, "range": [low - 0.2, high + 0.2], "dtick": 1}
-    return plot(attribute, alt, traces, 340, xaxis=xaxis, yaxis=yaxis)
-
-
-def _points(result: Mapping[str, Any], attribute: str) -> dict[int, tuple[float, float, float]]:
-    means = level_means(result, attribute)
-    found: dict[int, tuple[float, float, float]] = {}
-    for level in sorted(means):
-        value = point(means[level])
-        if value is not None:
-            found[level] = interval(means[level]) or (value, value, value)
-    return found
-
-
-def _response_line(method: str, means: Mapping[int, tuple[float, float, float]], shift: float, style: Style) -> Any:
-    values = list(means.values())
-    error = {
-        "type": "data",
-        "array": [high - value for value, _, high in values],
-        "arrayminus": [value - low for value, low, _ in values],
-        "color": style.color,
-        "thickness": 1.6,
-        "width": 4,
-    }
-    return go.Scatter(
-        x=[level + shift for level in means],
-        y=[v[0] for v in values],
-        error_y=error,
-        name=escape(method),
-        mode="lines+markers",
-        line={"color": style.color, "width": 2},
-        marker={"color": style.color, "symbol": style.symbol, "size": 10},
-        customdata=[[level, low, high] for level, (_, low, high) in means.items()],
-        hovertemplate=f"{escape(method)}, requested %{{customdata[0]}}: %{{y:.2f}} "
-        "[%{customdata[1]:.2f}, %{customdata[2]:.2f}]<extra></extra>",
-    )
-
-
-def slope_figure(name: str, attributes: Sequence[str], slopes: Sequence[Sequence[Any]]) -> Figure:
-    """A slope matrix: how many levels each achieved score moves per requested level."""
-    values = [[point(v) for v in row] for row in slopes]
-    texts = [["<br>".join(filter(None, (number(point(v)), bounds(v)))) for v in row] for row in slopes]
-    names = [escape(a) for a in attributes]
-    worded = (
-        f"{a}: {', '.join(f'{b} {number(v)}' for b, v in zip(attributes, row, strict=False))}"
-        for a, row in zip(attributes, values, strict=False)
-    )
-    trace = _heat(names, names, values, texts, "RdBu", zmin=-1, zmax=1)
-    trace.hovertemplate = "requested %{y}, achieved %{x}: %{z:.3f}<extra></extra>"
-    alt = f"Slope matrix of {name}, achieved levels per requested level. Requested {'; requested '.join(worded)}."
-    xaxis = _category("achieved")
-    yaxis = _category("requested", autorange="reversed", tickangle=-90 if len(names) < 4 else 0)
-    return plot(name, alt, [trace], 110 + 84 * len(names), xaxis=xaxis, yaxis=yaxis)

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from dataclasses import dataclass, replace
+from typing import Any
 
-NONE = "\N{EN DASH}"
-MINUS = "\N{MINUS SIGN}"
+from ctrlray.stages.report_numbers import (
+    NONE,
+    bounds,
+    duration,
+    ends,
+    is_number,
+    number,
+    outside,
+    percent,
+    percent_bounds,
+    point,
+)
+
 MAX_ROWS = 100
-
-METRICS = {
-    "pairwise": "Pairwise order accuracy (chance 0.5)",
-    "mae": "Mean absolute error, levels (0 is best)",
-    "bias": "Bias, levels (0 is best)",
-    "spearman_level_means": "Spearman of the level means (1 is best)",
-    "spearman_rows": "Spearman of the rows (1 is best)",
-}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,12 @@ class Cell:
     bar: float | None = None
     method: str = ""
     """A method whose colour mark stands before the text."""
+    better_than: tuple[str, ...] = ()
+    """Methods that this value is significantly better than."""
+    value: Any = None
+    """The number or interval behind the text, for who saves the table; without one the text is saved."""
+    unit: str = ""
+    """Of `value`, where the text words it in others."""
 
 
 @dataclass(frozen=True)
@@ -41,70 +49,42 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
     numeric: bool = True
     """Cells after the first hold numbers and are set to the right."""
+    groups: tuple[tuple[str, int], ...] = ()
+    """Headings over several columns: title and number of columns, from the left; none when empty."""
+
+    def data(self) -> list[list[Any]]:
+        """Header and rows in full precision, an interval as three columns: `x`, `x, low` and `x, high`."""
+        over = [f"{title}: " if title else "" for title, span in self.groups for _ in range(span)] or [""] * len(self.header)
+        columns = [[row[i] for row in self.rows] for i in range(len(self.header))]
+        wide = [any(isinstance(cell.value, Mapping) for cell in column) for column in columns]
+        units = [next((f", {cell.unit}" for cell in column if cell.unit), "") for column in columns]
+        titles = [group + title + unit for group, title, unit in zip(over, self.header, units, strict=True)]
+        header = [name for title, w in zip(titles, wide, strict=True) for name in _columns(title, w)]
+        return [header, *([part for cell, w in zip(row, wide, strict=True) for part in _parts(cell, w)] for row in self.rows)]
 
 
-def table(caption: str, header: Iterable[str], rows: Iterable[Iterable[Cell | str]], *, numeric: bool = True) -> Table:
+def _columns(title: str, wide: bool) -> list[str]:
+    return [title, *(f"{title}, {end}" for end in ("low", "high") if wide)]
+
+
+def _parts(cell: Cell, wide: bool) -> list[Any]:
+    if cell.value is not None:
+        return list(ends(cell.value))[: 3 if wide else 1]
+    text = None if cell.text == NONE else cell.text
+    return [text, *[None] * (2 * wide)]
+
+
+def table(
+    caption: str,
+    header: Iterable[str],
+    rows: Iterable[Iterable[Cell | str]],
+    *,
+    numeric: bool = True,
+    groups: Iterable[tuple[str, int]] = (),
+) -> Table:
     """Make a Table; plain strings become cells."""
     cells = tuple(tuple(Cell(c) if isinstance(c, str) else c for c in row) for row in rows)
-    return Table(caption, tuple(header), cells, numeric)
-
-
-def is_number(value: object) -> TypeGuard[int | float]:
-    """True for a finite int or float (numpy's floats included), False for None, NaN, text and booleans."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def number(value: Any, digits: int = 2) -> str:
-    """Two digits and a true minus sign; what is missing or not finite becomes a dash; integers get separators."""
-    if not is_number(value):
-        return NONE
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.{digits}f}"
-    if not text.strip("-0.,"):
-        text = text.lstrip("-")
-    return text.replace("-", MINUS)
-
-
-def percent(value: Any, digits: int = 0) -> str:
-    """`0.634` becomes `63%`."""
-    return f"{number(100.0 * value, digits)}%" if is_number(value) else NONE
-
-
-def interval(value: Any) -> tuple[float, float, float] | None:
-    """(value, low, high) of an interval; a bare number is an interval without width; None where one is missing."""
-    if isinstance(value, Mapping):
-        parts: list[Any] = [value.get(key) for key in ("value", "low", "high")]
-        return (parts[0], parts[1], parts[2]) if all(is_number(p) for p in parts) else None
-    return (float(value), float(value), float(value)) if is_number(value) else None
-
-
-def point(value: Any) -> float | None:
-    """The value of an interval (also when its bounds are missing) or of a bare number."""
-    value = value.get("value") if isinstance(value, Mapping) else value
-    return float(value) if is_number(value) else None
-
-
-def bounds(value: Any, digits: int = 2) -> str:
-    """`[0.55, 0.70]`, or nothing for a number without an interval."""
-    found = interval(value) if isinstance(value, Mapping) else None
-    return f"[{number(found[1], digits)}, {number(found[2], digits)}]" if found else ""
-
-
-def outside(value: Any, reference: float) -> int:
-    """1 when the whole interval lies above the reference, -1 when below, 0 when it holds it or is missing."""
-    found = interval(value)
-    if not found or not isinstance(value, Mapping):
-        return 0
-    return int(found[1] > reference) - int(found[2] < reference)
-
-
-def duration(seconds: Any) -> str:
-    """`4.2 s`, `3 min 05 s` or `2 h 07 min`."""
-    if not is_number(seconds):
-        return NONE
-    if seconds < 59.95:
-        return f"{number(float(seconds), 1)} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+    return Table(caption, tuple(header), cells, numeric, tuple(groups))
 
 
 def unaccounted(stage: Mapping[str, Any]) -> int | None:
@@ -117,19 +97,13 @@ def unaccounted(stage: Mapping[str, Any]) -> int | None:
 
 
 def ledger_table(ledger: Sequence[Mapping[str, Any]]) -> Table:
-    """What ran, where the rows went, and where the time went."""
-    total = sum(s["seconds"] for s in ledger if is_number(s.get("seconds")))
-    header = ("Stage", "Status", "Rows in", "Rows out", "Dropped", "Quarantined", "Balance", "Tokens", "Time", "Share")
-    return table(
-        "What ran. Rows in = rows out + dropped + quarantined, for every stage.",
-        header,
-        [_ledger_row(stage, total) for stage in ledger],
-    )
+    """What ran, and where the rows went."""
+    header = ("Stage", "Status", "Rows in", "Rows out", "Dropped", "Quarantined", "Balance")
+    return table("Rows in = rows out + dropped + quarantined, for every stage", header, map(_ledger_row, ledger))
 
 
-def _ledger_row(stage: Mapping[str, Any], total: float) -> list[Cell]:
-    missing, seconds = unaccounted(stage), stage.get("seconds")
-    share = seconds / total if is_number(seconds) and total > 0 else None
+def _ledger_row(stage: Mapping[str, Any]) -> list[Cell]:
+    missing = unaccounted(stage)
     status = str(stage.get("status") or NONE)
     balance = Cell(NONE) if missing is None else Cell("balances", tone="muted")
     if missing:
@@ -137,21 +111,18 @@ def _ledger_row(stage: Mapping[str, Any], total: float) -> list[Cell]:
     return [
         Cell(str(stage.get("stage", NONE))),
         Cell(status, tone="bad" if status in ("failed", "error") else "muted"),
-        Cell(number(stage.get("rows_in"))),
-        Cell(number(stage.get("rows_out"))),
+        number_cell(stage.get("rows_in")),
+        number_cell(stage.get("rows_out")),
         _counts(stage.get("dropped") or {}),
         _counts(stage.get("quarantined") or {}, tone="bad"),
         balance,
-        Cell(number(stage.get("tokens"))),
-        Cell(duration(seconds)),
-        Cell(percent(share), bar=share),
     ]
 
 
 def _counts(counts: Mapping[str, int], tone: str = "") -> Cell:
     total = sum(counts.values())
     note = ", ".join(f"{number(n)} {reason.replace('_', ' ')}" for reason, n in counts.items() if n)
-    return Cell(number(total), note=note, tone=tone if total else "")
+    return number_cell(total, note=note, tone=tone if total else "")
 
 
 def total_seconds(ledger: Sequence[Mapping[str, Any]]) -> float:
@@ -167,7 +138,7 @@ def cells_table(attributes: Sequence[str], before: Mapping[str, int], after: Map
         f"Rows per level cell ({', '.join(attributes)}).{note}",
         ("Cell", "Before", "After"),
         [
-            [", ".join(map(str, levels_of(k))), number(before.get(k, 0)), number(after.get(k, 0))]
+            [", ".join(map(str, levels_of(k))), number_cell(before.get(k, 0)), number_cell(after.get(k, 0))]
             for k in keys[:MAX_ROWS]
         ],
     )
@@ -178,114 +149,27 @@ def levels_of(cell: str) -> tuple[int, ...]:
     return tuple(int(part) for part in cell.split(","))
 
 
-def metric_table(attribute: str, metrics: Mapping[str, Any]) -> Table | None:
-    """One attribute: each method as measured, and again with answer length held constant."""
-    rows: list[list[Cell]] = []
-    for method, result in metrics.items():
-        measured = (result.get("attributes") or {}).get(attribute)
-        if not measured:
-            continue
-        rows.append([Cell(method, method=method), Cell("as it is"), *_metric_cells(measured)])
-        adjusted = measured.get("length_adjusted")
-        if adjusted:
-            rows.append([Cell(method, method=method), Cell("held constant", tone="muted"), *_metric_cells(adjusted)])
-    if not rows:
-        return None
-    return table(f"{attribute}: values with 95% intervals", ("Method", "Length", *METRICS.values()), rows)
+def number_cell(value: Any, digits: int = 2, *, note: str = "", tone: str = "") -> Cell:
+    """A number, or a value over its interval; whole numbers as they are."""
+    shown = value if is_number(value) else point(value)
+    tone = tone if shown is not None else "muted"
+    return Cell(number(shown, digits), note=note or bounds(value, digits), tone=tone, value=value)
 
 
-def _metric_cells(values: Mapping[str, Any]) -> list[Cell]:
-    return [metric_cell(values.get(key), 0.5 if key == "pairwise" else None) for key in METRICS]
-
-
-def metric_cell(value: Any, reference: float | None = None) -> Cell:
+def metric_cell(value: Any, reference: float | None = None, better_than: tuple[str, ...] = (), digits: int = 2) -> Cell:
     """A value over its interval; coloured when a reference is given and lies outside."""
     side = 0 if reference is None else outside(value, reference)
-    tone = {1: "good", -1: "bad", 0: ""}[side]
-    shown = point(value)
-    return Cell(number(shown), note=bounds(value), tone=tone if shown is not None else "muted")
+    return replace(number_cell(value, digits, tone={1: "good", -1: "bad", 0: ""}[side]), better_than=better_than)
 
 
-def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> Table:
-    """One row per method: what was answered, how long the answers are, and the code gap."""
-    header = (
-        "Method",
-        "Answers",
-        "Prompts",
-        "Tokens per answer",
-        "Finished",
-        "Prompts whose answers differ",
-        "Code gap, nats/token",
-    )
-    rows = []
-    for method in dict.fromkeys([*metrics, *code_gaps]):
-        result = metrics.get(method) or {}
-        finished, excluded = point(result.get("finished")), result.get("num_excluded")
-        rows.append(
-            [
-                Cell(method, method=method),
-                Cell(
-                    number(result.get("num_rows")), note=f"{number(excluded)} more without a score" if excluded else ""
-                ),
-                Cell(number(result.get("num_prompts"))),
-                Cell(number(point(result.get("mean_tokens")), 1), note=bounds(result.get("mean_tokens"), 1)),
-                Cell(percent(finished)),
-                Cell(percent(point(result.get("distinct_outputs")))),
-                gap_cell(code_gaps.get(method)),
-            ]
-        )
-    caption = "Methods on the same held-out prompts. The code gap is NLL under wrong codes minus under the right one."
-    return table(caption, header, rows)
+def percent_cell(value: Any, *, note: str = "") -> Cell:
+    """A share in percent over its interval."""
+    return Cell(percent(point(value)), note=f"{percent_bounds(value)} {note}".strip(), value=value)
 
 
-def gap_cell(gap: Any) -> Cell:
-    """The code gap with its interval and number of examples."""
-    if not gap:
-        return Cell(NONE, tone="muted")
-    cell = metric_cell(gap, 0.0)
-    value = point(gap)
-    note = f"{bounds(gap, 3)} {number(gap.get('num_examples'))} examples"
-    return Cell(number(value, 3), note=note.strip(), tone=cell.tone)
-
-
-def level_table(attribute: str, metrics: Mapping[str, Any]) -> Table:
-    """Mean achieved units per requested level: the numbers of the requested-vs-achieved plot."""
-    means = {m: level_means(r, attribute) for m, r in metrics.items()}
-    levels = sorted({level for per in means.values() for level in per})
-    rows = [
-        [Cell(m, method=m), *(Cell(number(point(per.get(k))), note=bounds(per.get(k))) for k in levels)]
-        for m, per in means.items()
-        if per
-    ]
-    return table(f"Mean achieved {attribute} per requested level", ("Method", *map(str, levels)), rows)
-
-
-def level_means(result: Mapping[str, Any], attribute: str) -> dict[int, Any]:
-    """Level -> interval, with whole numbers as keys whatever JSON made of them."""
-    return {int(k): v for k, v in ((result.get("level_means") or {}).get(attribute) or {}).items()}
-
-
-def slope_table(
-    name: str, attributes: Sequence[str], slopes: Sequence[Sequence[Any]], *, length: bool = False
-) -> Table:
-    """Slopes as numbers, rows requested, columns achieved."""
-    rows = [
-        [Cell(f"requested {a}"), *(Cell(number(point(v)), note=bounds(v)) for v in row)]
-        for a, row in zip(attributes, slopes, strict=False)
-    ]
-    held = ", length held constant" if length else ""
-    return table(f"{name}: levels achieved per level requested{held}", ("", *attributes), rows)
-
-
-def single_slope_table(attribute: str, slopes: Mapping[str, Any], adjusted: Mapping[str, Any]) -> Table:
-    """One attribute has no matrix: a row per method instead."""
-
-    def cell(matrix: Any) -> Cell:
-        value = matrix[0][0] if matrix and matrix[0] else None
-        return Cell(number(point(value)), note=bounds(value))
-
-    rows = [[Cell(m), cell(matrix), cell(adjusted.get(m))] for m, matrix in slopes.items()]
-    return table(f"{attribute}: levels achieved per level requested", ("", "as it is", "length held constant"), rows)
+def duration_cell(seconds: Any, *, note: str = "") -> Cell:
+    """A duration in words; its data are seconds."""
+    return Cell(duration(seconds), note=note, value=seconds, unit="s")
 
 
 def pairs_table(caption: str, values: Mapping[str, Any]) -> Table:

@@ -26,6 +26,7 @@ from ctrlray.schema import Message
 from ctrlray.stages.generate import actor_options, consume, patience
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows, slices
+from ctrlray.telemetry import NOWHERE, Where, current, record_if_restarted, warn
 
 TRUNCATED = "truncated"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -35,8 +36,11 @@ Conversations = Mapping[str, Sequence[Message]]
 class ScoreBatch:
     """Ray Data actor: adds the outputs of one reward to a batch of (response_id, prompt_id, text)."""
 
-    def __init__(self, reward: config.Reward, conversations: Any, keep_truncated: bool, journal: Journal) -> None:
+    def __init__(
+        self, reward: config.Reward, conversations: Any, keep_truncated: bool, journal: Journal, where: Where = NOWHERE
+    ) -> None:
         yield_to_engines()
+        record_if_restarted(where, "reward actor")
         self._journal = journal
         self._keep_truncated = keep_truncated
         self._refusal: CtrlRayError | None = None
@@ -89,9 +93,11 @@ class ScoreBatch:
 class WriteScores:
     """Writes finished score blocks: rows with all scores to `scores`, the others to `quarantine`, each with its reason."""
 
-    def __init__(self, attributes: Sequence[tuple[str, Mapping[str, float]]], out: Storage) -> None:
+    def __init__(
+        self, attributes: Sequence[tuple[str, Mapping[str, float]]], out: Storage, where: Where = NOWHERE
+    ) -> None:
         self._attributes = list(attributes)
-        self._out = out
+        self._out, self._where = out, where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Write one block; passes it on for counting."""
@@ -118,6 +124,8 @@ class WriteScores:
             self._out.write_table(from_rows(good, schema.scores([n for n, _ in self._attributes])), "scores", part)
         if bad:
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
+            more = f", and {len(bad) - 1} more of this block" if len(bad) > 1 else ""
+            warn(self._where, f"quarantined, {bad[0]['detail']}{more}", bad[0]["row_id"])
         return batch.select([c for c in ("response_id", "token_ids") if c in batch.column_names])
 
 
@@ -140,7 +148,7 @@ def score_stream(
     for reward, journal in zip(rewards, journals(rewards, out), strict=True):
         rows = rows.map_batches(
             ScoreBatch,
-            fn_constructor_args=(reward, shared, job.distill.keep_truncated, journal),
+            fn_constructor_args=(reward, shared, job.distill.keep_truncated, journal, current()),
             batch_size=None,
             batch_format="pyarrow",
             **actor_options(job.score.pool),
@@ -148,7 +156,7 @@ def score_stream(
     pairs = [(a.name, a.sources) for a in job.control.attributes]
     return rows.map_batches(
         WriteScores,
-        fn_constructor_args=(pairs, out),
+        fn_constructor_args=(pairs, out, current()),
         batch_size=None,
         batch_format="pyarrow",
         **actor_options(config.Pool(cpus=WRITE_CPUS)),
@@ -200,7 +208,7 @@ def score_answers(
     journal.clear()
     rows = ray.data.from_arrow(slices(table, batch_size)).map_batches(
         ScoreBatch,
-        fn_constructor_args=(reward, ray.put(chats), True, journal),
+        fn_constructor_args=(reward, ray.put(chats), True, journal, current()),
         batch_size=None,
         batch_format="pyarrow",
         **actor_options(pool),

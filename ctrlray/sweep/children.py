@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,8 @@ VERB = "part"
 """The hidden verb that a child runs."""
 _KEPT_LINES = 200
 _ERROR = "error: "
+_OF_RAY = re.compile(r"(\x1b\[\d+m)*\((raylet|autoscaler|[\w.:]+ pid=\d+)")
+"""How a shared Ray prefixes what its processes log: of several variants at once it would bury what they say."""
 
 
 class Children:
@@ -35,6 +38,7 @@ class Children:
         self._environment = os.environ | ({"RAY_ADDRESS": address} if address else {})
         self._live: set[subprocess.Popen[str]] = set()
         self._over = False
+        self._starting = threading.Lock()
 
     def __enter__(self) -> Children:
         """Make a folder for job files."""
@@ -43,7 +47,8 @@ class Children:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         """End what still runs."""
-        self._over = True
+        with self._starting:
+            self._over = True
         for process in list(self._live):
             assert process.stdin is not None
             with contextlib.suppress(OSError):
@@ -53,13 +58,26 @@ class Children:
 
     def run(self, name: str, job: config.Job, stages: Sequence[str]) -> str | None:
         """Run stages of a job; None when they finished, else what went wrong. Its lines are said under `name`."""
-        if self._over:
-            return "the sweep was stopped"
+        with self._starting:
+            if self._over:
+                return "the sweep was stopped"
+            process = self._start(name, job, stages)
+            self._live.add(process)
+        lines: deque[str] = deque(maxlen=_KEPT_LINES)
+        assert process.stdout is not None
+        for line in process.stdout:
+            if not _OF_RAY.match(line):
+                lines.append(line.rstrip("\n"))
+                self._say(f"{name:<16} {lines[-1]}")
+        code = process.wait()
+        self._live.discard(process)
+        return None if code == 0 else _reason(lines, code)
+
+    def _start(self, name: str, job: config.Job, stages: Sequence[str]) -> subprocess.Popen[str]:
         file = Path(self._folder.name) / f"{name}.yaml"
         file.write_text(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False))
-        command = [sys.executable, "-m", "ctrlray", VERB, str(file), *stages]
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            [sys.executable, "-m", "ctrlray", VERB, str(file), *stages],
             env=self._environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -67,15 +85,6 @@ class Children:
             text=True,
             errors="replace",
         )
-        self._live.add(process)
-        lines: deque[str] = deque(maxlen=_KEPT_LINES)
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip("\n"))
-            self._say(f"{name:<16} {lines[-1]}")
-        code = process.wait()
-        self._live.discard(process)
-        return None if code == 0 else _reason(lines, code)
 
 
 def _reason(lines: Sequence[str], code: int) -> str:

@@ -5,31 +5,28 @@ All three come from `compare`'s values alone.
 
 from __future__ import annotations
 
-import base64
 import csv
-import hashlib
 import io
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import plotly.graph_objects as go
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
-from plotly.offline import get_plotlyjs
+from markupsafe import escape
 
 from ctrlray.stages import report_figures as figures
-from ctrlray.stages.report_tables import Cell, Table, bounds, duration, interval, metric_cell, number, outside, point, table
+from ctrlray.stages.report_numbers import bounds, interval, number, outside, point
+from ctrlray.stages.report_page import make_page
+from ctrlray.stages.report_tables import Cell, Table, duration_cell, metric_cell, number_cell, table
 from ctrlray.sweep.compare import STATISTICS
 
-TEMPLATE, SCRIPT = "sweep.html.j2", "report.js"
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src "
+TEMPLATE = "sweep.html.j2"
 _BASE, _OTHER = "#808080", "#2f7fc1"
 _PLOTTED = {"ends": 0.5, "slope": 0.0}
 """Statistics that are drawn, those that any number of levels has in common, and where nothing follows the dial."""
+MAX_P = 0.05
 _HIGHER = {"pairwise", "ends", "spearman_level_means", "slope"}
 _WHAT = ("variant", "state", "attribute", "statistic")
-_FIGURES = ("value", "low", "high", "difference", "difference_low", "difference_high")
+_FIGURES = ("value", "low", "high", "difference", "difference_low", "difference_high", "p", "p_holm")
 Comparison = Mapping[str, Any]
 
 
@@ -50,6 +47,7 @@ def csv_text(found: Comparison) -> str:
             for key in STATISTICS:
                 of, apart = values[key], values[key].get("difference") or {}
                 numbers = [d.get(part) for d in (of, apart) for part in ("value", "low", "high")]
+                numbers += [apart.get(part) for part in ("p", "p_holm")]
                 rows.writerow([v["variant"], v["state"], attribute, key, *("" if n is None else n for n in numbers), ""])
     return sink.getvalue()
 
@@ -78,59 +76,47 @@ def _worded(value: Any) -> str:
 
 def render(found: Comparison) -> str:
     """The page, which needs nothing but a browser."""
-    loader = PackageLoader("ctrlray", "assets")
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    plotly_js = Markup(get_plotlyjs())
-    page_js = Markup((resources.files("ctrlray") / "assets" / SCRIPT).read_text(encoding="utf-8"))
     names = attributes_of(found)
-    page = environment.get_template(TEMPLATE).render(
+    return make_page(
+        TEMPLATE,
         found=found,
         names=names,
-        policy=_POLICY + " ".join(map(_hash, (plotly_js, page_js))),
-        plotly_js=plotly_js,
-        page_js=page_js,
         overview=overview(found),
         tables=[statistics_table(found, n) for n in names],
         figures=[f for n in names for key in _PLOTTED if (f := figure(found, n, key)) is not None],
         failed=[v for v in found["variants"] if v["state"] == "failed"],
     )
-    return page.encode("utf-8", "replace").decode("utf-8")
-
-
-def _hash(script: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 def overview(found: Comparison) -> Table:
     """What sets each variant apart, and what it took."""
     header = ("Variant", "Differs from the base in", "Method", "Examples", "Code gap", "Tokens per answer", "Own time")
     caption = "Variants. The code gap is in nats per token. Own time is from distillation to export; answers are shared."
-    return table(caption, header, map(_overview_row, found["variants"]))
+    return table(caption, header, map(_overview_row, found["variants"]), numeric=False)
 
 
 def _overview_row(v: Mapping[str, Any]) -> list[Cell]:
     apart = Cell("; ".join(v["changes"]) or "nothing: it is the base")
     if v["state"] == "failed":
-        return [Cell(v["variant"]), apart, Cell("failed", tone="bad"), *[Cell(number(None), tone="muted")] * 4]
-    gap = metric_cell(v["code_gap"], 0.0)
+        return [Cell(v["variant"]), apart, Cell("failed", tone="bad"), *[number_cell(None)] * 4]
     return [
         Cell(v["variant"]),
         apart,
         Cell(v["method"]),
-        Cell(number(v["examples"])),
-        Cell(number(point(v["code_gap"]), 3), note=bounds(v["code_gap"], 3), tone=gap.tone),
-        Cell(number(point(v["mean_tokens"]), 1)),
-        Cell(duration(v["seconds"])),
+        number_cell(v["examples"]),
+        metric_cell(v["code_gap"], 0.0, digits=3),
+        number_cell(v["mean_tokens"], 1),
+        duration_cell(v["seconds"]),
     ]
 
 
 def statistics_table(found: Comparison, attribute: str) -> Table:
-    """One attribute: each statistic and its paired difference to the base, coloured where its interval excludes zero."""
+    """One attribute: each statistic and its paired difference to the base."""
     header = ["Variant", "Levels", *(h for s in STATISTICS.values() for h in (s.title, "Difference"))]
     rows = []
     for v in found["variants"]:
         if (values := v["attributes"].get(attribute)) is not None:
-            row = [Cell(v["variant"]), Cell(number(values["levels"]))]
+            row = [Cell(v["variant"]), number_cell(values["levels"])]
             for key in STATISTICS:
                 row += [metric_cell(values[key]), _difference_cell(values[key].get("difference"), key)]
             rows.append(row)
@@ -138,11 +124,14 @@ def statistics_table(found: Comparison, attribute: str) -> Table:
 
 
 def _difference_cell(value: Any, key: str) -> Cell:
-    """Green where a variant is better than the base, red where it is worse."""
+    """Green where a variant is better than the base, red where it is worse: the interval, and p after Holm, leave no doubt."""
     if value is None:
-        return Cell(number(None), tone="muted")
+        return number_cell(None)
     side = outside(value, 0.0) * (1 if key in _HIGHER else -1)
-    return Cell(number(point(value)), note=bounds(value), tone={1: "good", -1: "bad", 0: ""}[side])
+    adjusted = value.get("p_holm")
+    sure = adjusted is None or adjusted < MAX_P
+    note = bounds(value) + (f" p {number(adjusted, 3)}" if adjusted is not None else "")
+    return number_cell(value, note=note.strip(), tone={1: "good", -1: "bad", 0: ""}[side] if sure else "")
 
 
 def figure(found: Comparison, attribute: str, key: str) -> figures.Figure | None:
@@ -154,12 +143,11 @@ def figure(found: Comparison, attribute: str, key: str) -> figures.Figure | None
     title = f"{attribute}: {STATISTICS[key].title[0].lower()}{STATISTICS[key].title[1:]}"
     words = ", ".join(f"{name} {_worded(value)}" for name, value, _ in known)
     traces = [_mark(name, ci, _BASE if name == found["base"] else _OTHER) for name, _, ci in known]
-    dotted = {"dash": "dot", "width": 1.5, "color": "#808080"}
     none = _PLOTTED[key]
-    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": none, "x1": none, "line": dotted}
     yaxis = {"type": "category", "autorange": "reversed", "showgrid": False}
     note = f"grey {found['base']}; dotted at {none:g}, where nothing follows the dial"
-    return figures.plot(title, f"{title}: {words}.", traces, 90 + 30 * len(known), note=note, yaxis=yaxis, shapes=[line])
+    more: dict[str, Any] = {"yaxis": yaxis, "shapes": [figures.dotted(x=none)]}
+    return figures.plot(title, f"{title}: {words}.", traces, 90 + 30 * len(known), note=note, **more)
 
 
 def _mark(name: str, ci: Sequence[float], color: str) -> Any:

@@ -100,6 +100,9 @@ def _pools(plan: Plan, todo: Sequence[str], children: Children, say: Say) -> dic
                 failed |= {u: Outcome(f"shared tables: {error}", time.monotonic() - began) for u in users}
                 continue
         store.seal(shared)
+        for user in pool.users:
+            if user not in todo:  # it finished before, maybe on answers that were deleted since
+                store.take(shared, plan.runs[user])
     return failed
 
 

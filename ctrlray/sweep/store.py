@@ -2,7 +2,7 @@
 
 A seal holds the stage's key and the SHA-256 of each of its files. A variant gets copies, so that its run root is complete
 by itself; whatever differs from the seal, on either side, stops the sweep, because its variants would no longer be compared on
-the same answers.
+the same answers. Answers that were deleted and sampled anew are other answers: finished variants are held against the seal too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def seal(shared: Run) -> None:
 
 
 def take(shared: Run, variant: Run) -> list[str]:
-    """Give a variant the shared stages that it lacks; returns their names.
+    """Give a variant the shared stages that it lacks and check those that it has; returns the names of the former.
 
     Raises DataError when a key or a file, shared or the variant's own, is not the one that was sealed.
     """
@@ -37,10 +37,10 @@ def take(shared: Run, variant: Run) -> list[str]:
     for stage in SHARED:
         sealed = _sealed(shared, stage, variant.keys[stage])
         if variant.result(stage) is None:
-            _copy(shared.out(stage), sealed, variant.out(stage))
+            _copy(shared, variant, stage, sealed)
             taken.append(stage)
         else:
-            _compare(variant.out(stage), sealed)
+            _compare(variant, stage, sealed)
     return taken
 
 
@@ -50,31 +50,33 @@ def _sealed(shared: Run, stage: str, key: str) -> dict[str, str]:
         raise DataError(f"{out.uri} has no {SEAL}: the stage {stage} has not finished there. Run the sweep again")
     record: dict[str, Any] = out.read_json(SEAL)
     if record["key"] != key or shared.keys[stage] != key:
-        raise DataError(f"{out.uri}: sealed under key {record['key']}, needed is {key}; delete it and run the sweep again")
+        raise DataError(
+            f"{out.uri}: sealed under key {record['key']}, needed is {key}. Delete {shared.storage.uri} and run the sweep again"
+        )
     return dict(record["files"])
 
 
-def _copy(source: Storage, sealed: dict[str, str], target: Storage) -> None:
+def _copy(shared: Run, variant: Run, stage: str, sealed: dict[str, str]) -> None:
     """All files, `result.json` last: a stage counts as finished only when everything is there."""
     for name in sorted(sealed, key=lambda n: (n == RESULT, n)):
-        target.write_bytes(_checked(source, name, sealed[name]), *name.split("/"))
+        variant.out(stage).write_bytes(_checked(shared, stage, name, sealed[name]), *name.split("/"))
 
 
-def _compare(out: Storage, sealed: dict[str, str]) -> None:
+def _compare(variant: Run, stage: str, sealed: dict[str, str]) -> None:
     for name, digest in sealed.items():
         if name != RESULT:  # of a variant that ran the stage itself, it tells another time
-            _checked(out, name, digest)
+            _checked(variant, stage, name, digest)
 
 
-def _checked(out: Storage, name: str, digest: str) -> bytes:
-    """A file's bytes, when they are the sealed ones."""
-    parts = name.split("/")
+def _checked(run: Run, stage: str, name: str, digest: str) -> bytes:
+    """A file's bytes, when they are the sealed ones. Else the whole run is to go: its later stages were made from the file."""
+    out, parts = run.out(stage), name.split("/")
     data = out.read_bytes(*parts) if out.exists(*parts) else None
     found = "missing" if data is None else hashlib.sha256(data).hexdigest()
     if data is None or found != digest:
         raise DataError(
             f"{out.path(name)} is not what was sealed when its stage ended (SHA-256 {found[:16]}, sealed {digest[:16]}): "
-            f"variants would not be compared on the same answers. Delete {out.uri} and run the sweep again"
+            f"variants would not be compared on the same answers. Delete {run.storage.uri} and run the sweep again"
         )
     return data
 

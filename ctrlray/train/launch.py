@@ -10,6 +10,7 @@ from ctrlray.config import Optimization
 from ctrlray.errors import ClusterError
 from ctrlray.ledger import Progress
 from ctrlray.patience import Background, Patience
+from ctrlray.placement import on_nodes
 from ctrlray.tables import Storage
 
 _POLL_S = 1.0
@@ -34,7 +35,8 @@ def launch(
         scaling_config=ScalingConfig(
             num_workers=settings.workers,
             use_gpu=gpu,
-            resources_per_worker={"CPU": settings.cpus_per_worker} | ({"GPU": settings.gpus_per_worker} if gpu else {}),
+            resources_per_worker={"CPU": settings.cpus_per_worker, **on_nodes(settings.nodes)}
+            | ({"GPU": settings.gpus_per_worker} if gpu else {}),
         ),
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         run_config=RunConfig(

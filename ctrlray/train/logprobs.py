@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ctrlray.control import MASKED_BY
 from ctrlray.errors import ConfigError
-from ctrlray.placement import LOGITS_AT_ONCE
+from ctrlray.memory import LOGITS_AT_ONCE
 
 _ROWS = 16
 

@@ -222,7 +222,16 @@ def trained_state(
     for name, parameter in learner.network.named_parameters():
         if not parameter.requires_grad or ".critic." in name:
             continue
-        clean = name.replace(".default.weight", "").replace(".lora_", ".weight.lora_").replace(".rows", ".weight.rows")
-        state[clean] = parameter.detach().float().cpu().contiguous()
-    scale = lora.alpha / lora.rank if lora else 0.0
-    return state, {"lora_scale": scale, "control_ids": list(control_ids)}
+        state[stored_name(name)] = parameter.detach().float().cpu().contiguous()
+    return state, adapter_card(lora, control_ids)
+
+
+def stored_name(name: str) -> str:
+    """A parameter's name in a checkpoint or an adapter, without what PEFT and the control rows wrap around it."""
+    name = name.replace(".base_layer.", ".").replace(".base.weight", ".weight")
+    return name.replace(".default.weight", "").replace(".lora_", ".weight.lora_").replace(".rows", ".weight.rows")
+
+
+def adapter_card(lora: config.LoRA | None, control_ids: Sequence[int]) -> dict[str, Any]:
+    """How what training changed is merged: see `ctrlray.adapter`."""
+    return {"lora_scale": lora.alpha / lora.rank if lora else 0.0, "control_ids": list(control_ids)}

@@ -17,6 +17,7 @@ from ctrlray import config, models
 from ctrlray.control import ControlSpace
 from ctrlray.distill import Levels as LevelScale
 from ctrlray.engine.engine import EngineSpec
+from ctrlray.engine.transfer import BACKEND
 from ctrlray.errors import DataError
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.models import PreparedBase
@@ -137,8 +138,10 @@ def _reinforce(
         key=key,
         pad_id=renderer.tokenizer.pad_token_id or renderer.tokenizer.eos_token_id or 0,
         timeout_s=job.cluster.stall_timeout_s,
+        transfer=job.transfer(objective),
     )
-    spec = replace(given.spec, model=folder, processed_logprobs=True, log_stats=True)
+    backend = BACKEND if task.transfer == "nccl" else None
+    spec = replace(given.spec, model=folder, processed_logprobs=True, log_stats=True, transfer=backend)
     ppo.train(task, job, spec, given.prompts, given.scales, renderer, name, out, progress, before)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -78,3 +80,43 @@ def test_offloaded_steps_lower_the_loss(stage, offload, tmp_path):
         assert trainer.step([batch], 1.0, ranks=1, num_tokens=8.0, num_wrong=0.0)["nll"] < losses[-1] + 0.05
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_weights_go_over_nccl_into_an_engine_that_stays_up(tiny, private_cache, tmp_path, width):
+    """From a trainer on the last GPU to all processes of an engine on the first ones, twice in one group; then as by file."""
+    if torch.cuda.device_count() <= width:
+        pytest.skip(f"needs {width + 1} CUDA devices: NCCL takes no two members on one")
+    import ray
+
+    from ctrlray import config, models
+    from ctrlray.engine.engine import EngineSpec
+    from ctrlray.engine.pool import EnginePool
+    from ctrlray.engine.transfer import BACKEND
+    from ctrlray.tables import Storage
+    from ctrlray.train.ppo.handover import Incoming
+    from ctrlray.train.ppo.transfer import Group
+    from tests.e2e.test_transfer import Trainer, until
+    from tests.e2e.test_weights import SPACE, random_adapter
+
+    base = models.prepare(config.Model(name=str(tiny)), SPACE, ["hello there"])
+    settings = config.EngineSettings(gpu_memory_utilization=0.3, tensor_parallel=width)
+    spec = EngineSpec(base.folder, "bfloat16", 512, settings, gpus=1, masked_ids=base.control_ids, transfer=BACKEND)
+    root = str(Path(__file__).parent.parent.parent)
+    ray.init(address="local", num_cpus=2, num_gpus=width, runtime_env={"env_vars": {"PYTHONPATH": root}})
+    trainer = Trainer(base, Storage(str(tmp_path)), Group, f"cuda:{torch.cuda.device_count() - 1}")
+    try:
+        with EnginePool(spec, config.Pool(gpus=1), "nccl", 300) as engines:
+            incoming = Incoming(Storage(str(tmp_path)), engines, "bfloat16", until)
+            trainer.thread.start()
+            for version in (1, 2):
+                adapter, card = random_adapter(base, seed=version, size=0.3)
+                trainer.learn(adapter)
+                engines.renew = partial(incoming.bring, version, version)
+                engines.renew()
+                assert engines.weights_version == version and trainer.formed == [width + 1]
+            sent = dict(engines._checksums)
+            assert engines.load_adapter(adapter, card, 3).checksums == pytest.approx(sent, abs=0.05)
+    finally:
+        trainer.over.set()
+        ray.shutdown()

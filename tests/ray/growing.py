@@ -28,7 +28,7 @@ def main(model, grows, timeout_s):
         "cluster": {"autoscale_timeout_s": float(timeout_s)},
     }
     job = config.parse(config.Job, raw, where="t")
-    waiting = Background(lambda: pipeline._await_fit(job, Said()))
+    waiting = Background(lambda: pipeline._await_fit(job, Said(), "train"))
     try:
         if grows == "grows" and not waiting.over(3):
             cluster.add_node(num_cpus=1)

@@ -41,8 +41,8 @@ class FakeEngine:
 
 
 class FakeGenerate(generate.GenerateBatch):
-    def __init__(self, spec, sampling, out):
-        self._engine, self._sampling, self._out = FakeEngine(spec), sampling, out
+    def __init__(self, spec, sampling, out, where):
+        self._engine, self._sampling, self._out, self._where = FakeEngine(spec), sampling, out, where
         self._journal = Journal(out.sub(IN_FLIGHT))
 
 
@@ -60,8 +60,8 @@ def bytes_of(ids):
 
 
 class MortalGenerate(FakeGenerate):
-    def __init__(self, spec, sampling, out):
-        super().__init__(spec, sampling, out)
+    def __init__(self, spec, sampling, out, where):
+        super().__init__(spec, sampling, out, where)
         self._engine = MortalEngine(spec)
 
 

@@ -87,6 +87,23 @@ def test_ppo_with_a_critic_may_have_groups_of_one():
 
 
 @pytest.mark.parametrize(
+    ("engine", "worker", "asked", "how"),
+    [
+        (0, 0, "auto", "file"),
+        (1, 0, "auto", "file"),
+        (0.5, 1, "auto", "file"),
+        (1, 0.5, "auto", "file"),
+        (1, 1, "auto", "nccl"),
+        (2, 1, "nccl", "nccl"),
+        (1, 1, "file", "file"),
+    ],
+)
+def test_weights_go_over_nccl_where_engines_and_workers_have_whole_gpus(engine, worker, asked, how):
+    made = job(generate={"pool": {"gpus": engine}}, train=ppo(transfer=asked)["train"] | {"gpus_per_worker": worker})
+    assert made.transfer(made.train.objectives[0]) == how
+
+
+@pytest.mark.parametrize(
     ("extra", "message"),
     [
         ({"control": {"attributes": [{"name": "brevity", "levels": 1}]}}, "levels"),
@@ -120,6 +137,7 @@ def test_ppo_with_a_critic_may_have_groups_of_one():
         (ppo(weights={"charm": 1}), "ppo names 'charm', which is no attribute"),
         (ppo(chances={"brevity": [1, 1]}), r"ppo.chances.brevity=\[1.0, 1.0\] needs a number for each of 3 levels"),
         (ppo(chances={"brevity": [0, 0, 0]}), "at least one above 0"),
+        (ppo(transfer="nccl"), r"ppo.transfer=nccl needs whole GPUs .*pool.gpus=0 and .*; raise them to 1, or set auto"),
         ({"export": {"levels": {"brevity": [3, 2]}}}, "brevity=3..2 must lie in 1..3"),
         ({"export": {"levels": {"brevity": [1, 2]}, "defaults": {"brevity": 3}}}, "defaults.brevity=3 must lie in 1..2"),
         ({"evaluate": {"levels": [[1], [2]]}}, r"one list per attribute \(1\)"),

@@ -11,6 +11,7 @@ from torch import nn
 
 from ctrlray.config import EngineSettings
 from ctrlray.engine.engine import Completion, Engine, EngineSpec, ends_sentence
+from ctrlray.engine.transfer import BACKEND, Offer, Ranks
 from ctrlray.errors import ClusterError, ConfigError
 
 
@@ -160,3 +161,61 @@ def test_a_folder_s_weights_must_have_the_engine_s_names(tmp_path):
 def test_cache_hits_are_counted_when_the_recipe_says_so(tmp_path):
     assert engine(tmp_path, LLM(), log_stats=True).cache_hits() == (30, 12)
     assert engine(tmp_path, None).cache_hits() == (0, 0)
+
+
+class Receiver(LLM):
+    """Takes what a trainer sends: the tensors that it was built with."""
+
+    def __init__(self, sent):
+        super().__init__()
+        self.sent, self.calls, self.version = sent, [], "default"
+
+    def shutdown_weight_transfer_engine(self):
+        self.calls.append("leave")
+
+    def init_weight_transfer_engine(self, request):
+        self.calls.append(("join", request["init_info"]))
+
+    def start_weight_update(self):
+        self.calls.append("start")
+
+    def update_weights(self, request):
+        self.calls.append(("take", request["update_info"]))
+        self.reload_weights(iter(self.sent.items()))
+
+    def finish_weight_update(self, weight_version):
+        self.calls.append("finish")
+        self.version = weight_version
+
+    def get_weight_version(self):
+        return self.version
+
+
+SENT = {f"l.0.{n}_proj.weight": torch.full((s, 2), 2.0) for n, s in {"q": 2, "k": 1, "v": 1}.items()}
+OFFER = Offer(5, Ranks(2, 1), "10.0.0.7", 4711, "float32", list(SENT), [list(t.shape) for t in SENT.values()])
+
+
+def test_an_engine_takes_weights_from_a_trainer(tmp_path):
+    llm = Receiver(SENT)
+    made = engine(tmp_path, llm)
+    found = made.receive_weights(OFFER, 1)
+    assert (found.version, found.sums, made.weights_version) == (5, [{"first qkv": 16.0, "last qkv": 16.0}], 5)
+    assert llm.calls == ["leave", ("join", OFFER.joining(1)), "start", ("take", OFFER.contents()), "finish"]
+    assert not llm.cached and found.seconds > 0
+    llm.calls.clear()
+    made.receive_weights(OFFER._replace(version=6, port=0), 1)
+    assert llm.calls == ["start", ("take", OFFER.contents()), "finish"] and made.weights_version == 6  # in the group that stands
+
+
+@pytest.mark.parametrize("names", [list(SENT)[:2], [*SENT, "l.1.q_proj.weight"]])
+def test_weights_of_other_names_are_refused_before_anything_is_replaced(tmp_path, names):
+    llm = Receiver(SENT)
+    with pytest.raises(ConfigError, match=r"trainer's weights are not those of .*on one side only"):
+        engine(tmp_path, llm).receive_weights(OFFER._replace(names=names), 0)
+    assert llm.calls == [] and llm.cached
+
+
+def test_a_recipe_names_the_backend_that_weights_come_by():
+    assert "weight_transfer_config" not in EngineSpec("/model", "bfloat16", 512, EngineSettings(), gpus=1).arguments()
+    spec = EngineSpec("/model", "bfloat16", 512, EngineSettings(), gpus=1, transfer=BACKEND)
+    assert spec.arguments()["weight_transfer_config"] == {"backend": "nccl"}

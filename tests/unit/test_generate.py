@@ -16,6 +16,7 @@ from ctrlray.patience import Patience
 from ctrlray.stages import generate
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import Where
 
 PATIENCE = Patience("generate", 5.0, lambda: "3 rows")
 SETTINGS = config.Generate(
@@ -82,6 +83,7 @@ class Engine:
 class Batch(generate.GenerateBatch):
     def __init__(self, out):
         self._engine, self._sampling, self._out = Engine(), SETTINGS.sampling, out
+        self._where = Where("r1", "generate")
         self._journal = Journal(out.sub(IN_FLIGHT))
 
 
@@ -101,7 +103,7 @@ def test_prefixes_are_fed_to_the_engine_and_belong_to_the_answer(tmp_path):
     assert out.read_table("responses", schema.RESPONSES).num_rows == 2
 
 
-def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch):
+def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch, caplog):
     def leave(code):
         raise SystemExit(code)
 
@@ -118,6 +120,10 @@ def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_p
     assert b"fine" not in [prompt for prompt, _ in last._engine.asked]  # it was kept
     bad = out.read_table("quarantine", schema.QUARANTINE).to_pylist()
     assert len(bad) == 3 and all(b["detail"].endswith("the engine ended: RuntimeError: cannot read this") for b in bad)
+    said = [r.getMessage() for r in caplog.records]
+    for b in bad:  # each when it ended the engine, and when it was set aside
+        assert f"run=r1 stage=generate row={b['row_id']}: ending the engine, which held 1 rows: cannot read this" in said
+        assert any(line.startswith(f"run=r1 stage=generate row={b['row_id']}: quarantined, process_died") for line in said)
 
 
 def response(key, reason="stop", tokens=3):

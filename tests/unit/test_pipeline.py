@@ -160,22 +160,29 @@ def wants_two_cpus(wait_s):
 
 
 def test_a_job_that_fits_asks_for_nothing(cluster):
-    pipeline._await_fit(job(), Silent())
+    pipeline._await_fit(job(), Silent(), "generate")
     assert cluster[0] == []
 
 
 def test_a_cluster_that_grows_is_waited_for_and_its_request_withdrawn(cluster):
     asked, looks = cluster
     looks += [[Node(1, 0, 64)], [Node(2, 0, 64)]]
-    pipeline._await_fit(wants_two_cpus(30.0), Silent())
+    pipeline._await_fit(wants_two_cpus(30.0), Silent(), "train")
     assert asked == [[{"CPU": 1.0}, {"CPU": 1.0}], []]
+
+
+def test_a_cluster_that_grows_need_not_hold_a_later_stage_yet(cluster):
+    pipeline._await_fit(wants_two_cpus(30.0), Silent(), "generate")
+    assert cluster[0] == []
+    with pytest.raises(ClusterError, match="train needs 2 CPUs"):  # one that stays as it is never will
+        pipeline._await_fit(wants_two_cpus(0.0), Silent(), "generate")
 
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.05])
 def test_a_refused_job_leaves_no_request_behind(cluster, wait_s):
     """Ray keeps a request when the driver that made it is gone: nodes would come, and stay, for nobody."""
     with pytest.raises(ClusterError, match="train needs 2 CPUs, the cluster has 1: 1 too few") as caught:
-        pipeline._await_fit(wants_two_cpus(wait_s), Silent())
+        pipeline._await_fit(wants_two_cpus(wait_s), Silent(), "train")
     assert ("Waited 0.05 s" in str(caught.value)) == bool(wait_s)
     assert cluster[0] == ([[{"CPU": 1.0}, {"CPU": 1.0}], []] if wait_s else [])
 
@@ -191,9 +198,10 @@ def test_a_job_that_does_not_fit_starts_no_stage(cluster, tmp_path, monkeypatch)
 def test_nodes_that_died_hold_nothing(monkeypatch):
     import ray
 
-    there = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0 * 2**30}}
+    there = {"Alive": True, "Resources": {"CPU": 4.0, "memory": 8.0 * 2**30, "reward": 1.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [there, there | {"Alive": False}])
-    assert pipeline.nodes() == [Node(4.0, 0, 8.0)]
+    (node,) = pipeline.nodes()
+    assert node[:3] == (4.0, 0, 8.0) and "reward" in node.groups
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ import torch
 
 from ctrlray import actors, config
 from ctrlray.engine import pool as pools
-from ctrlray.engine.engine import Completion, EngineSpec, Held
-from ctrlray.engine.probes import Probe
+from ctrlray.engine.engine import Completion, EngineSpec
+from ctrlray.engine.probes import Expected, Held, Probe
+from ctrlray.engine.transfer import Offer, Ranks, Received
 from ctrlray.errors import ClusterError, ConfigError
 
 SPEC = EngineSpec("nowhere", "float32", 64, config.EngineSettings(tensor_parallel=2))
@@ -44,6 +45,18 @@ class Host:
             raise ConfigError("adapter tensors without a home: stray")
         self.loaded = {n: a.tolist() for n, a in adapter.items()}, card, version
         return self._held(float(sum(a.sum() for a in adapter.values())), version)
+
+    def receive_weights(self, offer, index):
+        found = {"first qkv": 3.0}, {"first qkv": 0.5}  # an engine of two processes
+        match self.fault:
+            case "deaf":
+                raise ValueError("the line is cut")
+            case "odd":
+                found[0]["first qkv"] += 1e-12
+            case "lying":
+                found[0]["first qkv"] += 1e-6
+        self.loaded = offer, index
+        return Received(offer.version - (self.fault == "late"), list(found), 0.5 if self.fault else 0.125)
 
     def _held(self, total, version):
         expected, found = total, total
@@ -114,7 +127,9 @@ class Ray:
         self.actors.append(Actor(kind, options, spec))
         return self.actors[-1]
 
-    def wait(self, refs, timeout):
+    def wait(self, refs, timeout, num_returns=1):
+        if num_returns == len(refs) > 1:
+            return refs, []
         self.waits += 1
         return (refs[:1], refs[1:]) if self.waits % 2 else (refs[-1:], refs[:-1])
 
@@ -206,6 +221,61 @@ def test_an_update_that_one_engine_cannot_prove_stops_the_run(cluster, name, sai
     with pool(name) as engines, pytest.raises(ClusterError, match=said):
         engines.load_adapter(ADAPTER, CARD, 3)
     assert engines.weights_version == 0
+
+
+OFFER = Offer(3, Ranks(2, 2), "10.0.0.7", 4711, "bfloat16", ["a"], [[1000, 500]])
+SENT = Expected({"first qkv": 3.5}, {"first qkv": 40.0})
+
+
+def test_weights_from_a_trainer_reach_every_engine_and_are_proved(cluster):
+    with pool("twin") as engines:
+        assert engines.ranks == OFFER.ranks
+        landing = engines.receive(OFFER)
+        assert str(landing) == "twin: engine 0, 1 to take 0.00 GB of weights, version 3, from the trainer at 10.0.0.7"
+        assert landing.over() and landing.over()
+        sync = engines.prove(landing, SENT)
+        assert (sync.version, sync.checksums, engines.weights_version) == (3, {"first qkv": 3.5}, 3)
+        assert sync.seconds.total == 0.5  # the slower engine's
+        assert [a.host.loaded for a in cluster.actors] == [(OFFER, 0), (OFFER, 1)]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("lying", r"lying: engine 1 does not compute with the weights of version 3: its first qkv adds up to 3\.500001"),
+        ("late", "late: engine 1 holds weights of version 2 after the update to 3"),
+        ("odd", "odd: engine 1 holds other weights than engine 0"),
+        ("deaf", "deaf: engine 1 ended while it took weights from the trainer: ValueError: the line is cut"),
+    ],
+)
+def test_weights_from_a_trainer_that_one_engine_cannot_prove_stop_the_run(cluster, name, said):
+    with pool(name) as engines, pytest.raises(ClusterError, match=said):
+        landing = engines.receive(OFFER)
+        assert landing.over()
+        engines.prove(landing, SENT)
+    assert engines.weights_version == 0
+
+
+def test_engines_that_die_together_are_replaced_once_each_and_asked_for_weights(cluster, monkeypatch):
+    """With the first replacement all engines get weights anew, and the other dead one is found before its rows are missed."""
+    well, renewed = Host.generate, []
+
+    def generate(self, prompts, sampling):
+        self.gone = len(cluster.actors) == 2
+        return well(self, [[13]] if self.gone else prompts, sampling)
+
+    monkeypatch.setattr(Host, "generate", generate)
+    with pool() as engines:
+        engines.renew = lambda: (engines.heal(), renewed.append(engines.members))
+        engines.generate([[1], [2]], config.Sampling(), 1)
+        assert len(cluster.actors) == 4 and not renewed  # these began with version 0, which is in force
+    cluster.actors.clear()
+    with pool() as engines:
+        engines.renew = lambda: (engines.heal(), renewed.append(engines.members))
+        landing = engines.receive(OFFER)
+        assert landing.over() and engines.prove(landing, SENT).version == 3
+        assert [c.token_ids for c in engines.generate([[1], [2]], config.Sampling(), 1)] == [[1], [2]]
+        assert len(cluster.actors) == 4 and renewed == [2, 2]
 
 
 def test_an_adapter_without_a_home_is_refused_as_what_it_is(cluster):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save
 
 from ctrlray import config
 from ctrlray.errors import ClusterError, DataError
@@ -18,15 +16,14 @@ from ctrlray.patience import Background
 from ctrlray.tables import Storage
 from ctrlray.train.launch import Watch
 from ctrlray.train.ppo import drive
-from ctrlray.train.ppo.loop import WEIGHTS, weights_name
 from ctrlray.train.ppo.rollouts import ROLLOUTS, part
+from ctrlray.train.ppo.weights import write_weights
 
 CARD = {"lora_scale": 2.0, "control_ids": [7, 8]}
 
 
 def publish(out: Storage, version: int) -> None:
-    tensors = {"a.lora_A": torch.tensor([[float(version)]])}
-    out.write_bytes(save(tensors, {"card": json.dumps(CARD)}), WEIGHTS, weights_name(version))
+    write_weights(out, version, {"a.lora_A": torch.tensor([[float(version)]])}, CARD)
 
 
 class Engines:

@@ -94,7 +94,7 @@ class Engines:
         self.gone, self.weights_version = set(gone), 7
 
     def generate(self, prompts, sampling, batch_size, progress=None):
-        made = [Completion(f" {'x' * i} ", [5] * (i + 1), -1.0, "stop", [-0.5] * (i + 1)) for i in range(len(prompts))]
+        made = [Completion(f" {'x' * i} ", [5] * (i + 1), -1.0, "stop", [-0.5] * (i + 1), 6 + i % 2) for i in range(len(prompts))]
         return [None if i in self.gone else c for i, c in enumerate(made)]
 
     def hit_rate(self):
@@ -141,6 +141,7 @@ def test_rollouts_carry_scores_units_versions_and_logprobs(tmp_path):
     assert fourth["units_brevity"] == pytest.approx(made.scales["brevity"].units(np.array([-5.0]))[0])
     assert fourth["weights_version"] == 7 and fourth["logprobs"] == [-0.5] * 4 and fourth["token_ids"] == [5] * 4
     assert (fourth["requested_brevity"], fourth["requested_variety"]) == made.prompts.asks(0)[3].levels
+    assert found[4]["weights_version"] == 6  # the engines' weights may be replaced between two batches of a step
     notes = Storage(str(tmp_path)).read_json(ROLLOUTS, f"{part(0)}.json")
     assert notes["sync_s"] == 1.5 and notes["prefix_hit_rate"] == 0.25 and notes["dropped"] == {}
 

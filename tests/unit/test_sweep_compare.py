@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from ctrlray import schema
-from ctrlray.metrics.bootstrap import draws
+from ctrlray.metrics.rows import rows_of
 from ctrlray.pipeline import STAGES
 from ctrlray.sweep import page
-from ctrlray.sweep.compare import STATISTICS, Rows, compare, difference, ends, rows_of
+from ctrlray.sweep.compare import STATISTICS, Rows, among, compare, difference
 from ctrlray.sweep.plan import load
 from ctrlray.sweep.run import Outcome
 from ctrlray.tables import from_rows
@@ -96,7 +96,31 @@ def test_a_difference_is_of_the_same_prompts_in_the_same_draws(found):
     assert weight["pairwise"]["difference"]["value"] == pytest.approx(1 - 4.5 / 6)
     assert weight["mae"]["difference"]["value"] == pytest.approx(-2 / 6)
     # draws hold p twice, both or q twice: the difference is 0, 1/4 or 1/2
-    assert weight["pairwise"]["difference"] == {"value": 0.25, "low": 0.0, "high": 0.5}
+    assert {k: weight["pairwise"]["difference"][k] for k in ("value", "low", "high")} == {"value": 0.25, "low": 0.0, "high": 0.5}
+
+
+def test_p_values_are_corrected_over_variants_and_attributes(found):
+    ps = {v: of(found, v)["attributes"]["brevity"]["ends"]["difference"] for v in ("weight", "levels")}
+    # exchanging the one prompt that differs turns the difference round, which is as extreme: p = 1; Holm leaves it at 1
+    assert {(d["p"], d["p_holm"]) for d in ps.values()} == {(1.0, 1.0)}
+    assert "p" not in of(found, "weight")["attributes"]["brevity"]["slope"]["difference"]
+
+
+def test_a_difference_that_is_sure_stays_so_among_others(tmp_path):
+    plan = load(write(tmp_path, variants=ABLATION[:3]))
+    prompts = [f"p{i}" for i in range(20)]
+    flat, right = [[2, 2, 2]] * 20, [[1, 2, 3]] * 20
+    for name, units in (("base", flat), ("weight", right), ("response", flat), ("levels", [[2] * 5] * 20)):
+        finish(plan.runs[name], grid_rows(units, len(units[0]), prompts))
+    found = compare(plan, {n: Outcome("", 1.0) for n in plan.jobs})
+    sure, none = (of(found, v)["attributes"]["brevity"]["pairwise"]["difference"] for v in ("weight", "response"))
+    assert sure["p"] == pytest.approx(1e-4, rel=0.2)
+    assert sure["p_holm"] == pytest.approx(2 * sure["p"])  # of two: five levels are not compared
+    assert (none["p"], none["p_holm"]) == (1.0, 1.0)
+    assert of(found, "weight")["attributes"]["brevity"]["ends"]["difference"]["p_holm"] == pytest.approx(3 * sure["p"])
+    (table,) = [page.statistics_table(found, "brevity")]
+    tones = {row[0].text: row[3].tone for row in table.rows}
+    assert tones == {"base": "muted", "weight": "good", "response": "", "levels": "muted"}
 
 
 def test_what_a_number_of_levels_decides_is_not_compared_across_it(found):
@@ -127,23 +151,25 @@ def test_a_common_shift_of_hard_prompts_does_not_widen_a_difference():
     hard_P = rng.uniform(0, 3, 30)
     prompt_N = np.repeat(np.arange(30), 3)
     requested_NA = np.tile([[1.0], [2.0], [3.0]], (30, 1))
-    rows = [Rows(requested_NA, requested_NA + hard_P[prompt_N][:, None] + shift, prompt_N) for shift in (0.5, 0.0)]
-    made = difference(STATISTICS["mae"], rows, (0, 0), draws(30, 200, 0))
-    assert made.value == pytest.approx(0.5) and made.high - made.low < 1e-6
+    rows = [Rows(requested_NA, requested_NA + hard_P[prompt_N][:, None] + shift, prompt_N, 30) for shift in (0.5, 0.0)]
+    made = difference(STATISTICS["mae"], rows, (0, 0), 200, 0)
+    assert made["value"] == pytest.approx(0.5) and made["high"] - made["low"] < 1e-6 and made["p"] < 0.001
 
 
 def test_the_ends_ask_the_same_of_any_number_of_levels():
     requested = np.array([[1.0], [2.0], [3.0]])
     units = np.array([[1.0], [3.0], [2.0]])  # the ends are in order, the middle is not
-    rows = Rows(requested, units, np.zeros(3, np.int64))
-    once = np.ones((1, 1))
-    assert ends(rows, 0, once)[0] == 1.0 and STATISTICS["pairwise"].of(rows, 0, once)[0] == pytest.approx(2 / 3)
+    rows = Rows(requested, units, np.zeros(3, np.int64), 1)
+    ends, pairwise = (STATISTICS[key].of(rows, 0, np.ones((1, 1)))[0] for key in ("ends", "pairwise"))
+    assert ends == 1.0 and pairwise == pytest.approx(2 / 3)
 
 
-def test_rows_without_a_score_and_of_other_prompts_are_left_out():
-    grid = from_rows(grid_rows([[1, float("nan"), 3], [1, 2, 3]]), schema.grid(["brevity"]))
-    rows, count = rows_of(grid, ["brevity"], ["p"])
-    assert count == 1 and rows.units_NA.tolist() == [[1.0], [3.0]] and rows.prompt_N.tolist() == [0, 0]
+def test_rows_of_other_prompts_are_left_out_and_the_rest_counted_as_given(tmp_path):
+    grid = from_rows(grid_rows([[1, 2, 3], [4, 5, 6], [7, 8, 9]], prompts=("p", "q", "r")), schema.grid(["brevity"]))
+    rows = rows_of(grid, load(write(tmp_path)).jobs["base"].control)["exmate"]
+    kept = among(rows, ["r", "p"])
+    assert kept.num_prompts == 2 and kept.prompt_N.tolist() == [1, 1, 1, 0, 0, 0]
+    assert kept.units_NA[:, 0].tolist() == [1, 2, 3, 7, 8, 9]
 
 
 def test_the_csv_has_a_line_per_statistic_and_one_per_failure(found):
@@ -170,7 +196,7 @@ def test_the_page_is_self_contained_and_escapes_what_variants_say(found):
     assert not re.search(r"""(src|href)=["']?https?:""", own)
     policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', made)
     assert policy is not None and html.unescape(policy[1]).startswith("default-src 'none'; ")
-    figures = [json.loads(s) for s in re.findall(r'<script type="application/json"[^>]*>(.*?)</script>', made, re.S)]
+    figures = [json.loads(s) for s in re.findall(r'<script type="application/json" class="spec">(.*?)</script>', made, re.S)]
     assert len(figures) == 2
     assert [t["y"] for t in figures[0]["data"]] == [["base"], ["weight"], ["response"], ["levels"]]
     assert figures[0]["data"][1]["x"] == [1.0] and figures[0]["layout"]["shapes"][0]["x0"] == 0.5
@@ -178,6 +204,8 @@ def test_the_page_is_self_contained_and_escapes_what_variants_say(found):
 
 def test_better_is_green_whichever_way_a_statistic_points():
     above, below = ({"value": s * 0.2, "low": s * 0.2 - 0.1, "high": s * 0.2 + 0.1} for s in (1, -1))
-    tones = [page._difference_cell(v, key).tone for key in ("ends", "mae") for v in (above, below)]
+    tones = [page._difference_cell(v | {"p_holm": 0.01}, key).tone for key in ("ends", "mae") for v in (above, below)]
     assert tones == ["good", "bad", "bad", "good"]
+    assert page._difference_cell(above | {"p_holm": 0.06}, "ends").tone == ""
+    assert page._difference_cell(above, "slope").tone == "good"
     assert page._difference_cell({"value": 0.0, "low": -0.1, "high": 0.1}, "ends").tone == ""

@@ -27,6 +27,7 @@ class Recorded(children.Children):
 
     ran: ClassVar[list[tuple[str, tuple[str, ...]]]] = []
     failing: ClassVar[dict[str, str]] = {}
+    sampled: ClassVar[str] = "once"
     at_once: ClassVar[list[int]] = []
     live = 0
 
@@ -39,7 +40,7 @@ class Recorded(children.Children):
         if name not in self.failing:
             for stage in stages:
                 if run.result(stage) is None:
-                    run.out(stage).write_bytes(f"{name} {stage}".encode(), "table", "part-1.parquet")
+                    run.out(stage).write_bytes(f"{name} {stage} {kind.sampled}".encode(), "table", "part-1.parquet")
                     run.out(stage).write_json({"facts": {}, "rows_out": 1, "seconds": 2.0}, "result.json")
         kind.live -= 1
         return self.failing.get(name)
@@ -48,7 +49,7 @@ class Recorded(children.Children):
 @pytest.fixture
 def record(monkeypatch):
     monkeypatch.setattr(sweep, "Children", Recorded)
-    for name, value in (("ran", []), ("failing", {}), ("at_once", []), ("live", 0)):
+    for name, value in (("ran", []), ("failing", {}), ("at_once", []), ("live", 0), ("sampled", "once")):
         monkeypatch.setattr(Recorded, name, value)
     return Recorded
 
@@ -74,7 +75,7 @@ def test_answers_are_made_once_per_key_and_every_variant_does_the_rest(plan, rec
     assert record.ran == [("shared", SHARED), ("shared", ("generate", "score")), *((n, OWN) for n in names)]
     assert set(record.at_once) == {1}
     tables = {n: plan.runs[n].out("score").read_bytes("table", "part-1.parquet") for n in names}
-    assert set(tables.values()) == {b"shared score"}
+    assert set(tables.values()) == {b"shared score once"}
     assert "sweep s: 6 variants, 0 finished before" in said[0]
     assert any(line.startswith("colder: finished after") and "6 of 6" in line for line in said)
 
@@ -100,6 +101,16 @@ def test_answers_that_fail_fail_their_variants_only(plan, record):
     assert not any(o.error for o in outcomes.values())
 
 
+def test_answers_that_no_unfinished_variant_needs_are_not_made(plan, record):
+    record.failing["colder"] = "killed"
+    run(plan)
+    plan.storage.sub("shared").delete()
+    record.failing.clear()
+    record.ran.clear()
+    run(plan)
+    assert record.ran == [("shared", SHARED), ("colder", OWN)]  # for `colder` alone
+
+
 @pytest.mark.parametrize("whose", ["shared", "variant"])
 def test_tables_that_changed_stop_the_sweep(plan, record, whose):
     record.failing["text"] = "killed"
@@ -113,6 +124,21 @@ def test_tables_that_changed_stop_the_sweep(plan, record, whose):
     with pytest.raises(DataError, match="is not what was sealed"):
         run(plan)
     assert record.ran == [] and not plan.storage.exists(lease.FILE)
+
+
+@pytest.mark.parametrize("sampled", ["once", "anew"])
+def test_a_variant_added_later_is_not_compared_on_other_answers(plan, record, tmp_path, sampled):
+    run(plan)
+    plan.storage.sub("shared").delete()
+    record.ran.clear()
+    record.sampled = sampled
+    more = load(write(tmp_path, variants=[*ABLATION, {"name": "late", "set": {"train.epochs": 9}}]))
+    if sampled == "anew":
+        with pytest.raises(DataError, match=r"variants/base/\w+/.*is not what was sealed.*Delete \S+/variants/base and"):
+            run(more)
+        assert record.ran == [("shared", SHARED)]
+    else:  # the same bytes are the same answers
+        assert not any(o.error for o in run(more)[0].values()) and ("late", OWN) in record.ran
 
 
 def test_as_many_variants_at_once_as_there_is_room_for(plan, record, monkeypatch):
@@ -155,8 +181,8 @@ def test_the_verb_writes_the_comparison_and_its_exit_code_tells_of_failures(plan
     assert made.exit_code == code, made.output
     assert plan.storage.names(suffix=".csv") == [command.CSV] and plan.storage.exists(command.PAGE)
     rows = plan.storage.read_bytes(command.CSV).decode().splitlines()
-    assert ('response,failed,,,,,,,,,"no GPU' in rows) == bool(failing)
-    assert "weight,finished,brevity,ends,0.6,0.5,0.7,0.6,0.5,0.7," in rows
+    assert ('response,failed,,,,,,,,,,,"no GPU' in rows) == bool(failing)
+    assert "weight,finished,brevity,ends,0.6,0.5,0.7,0.6,0.5,0.7,,," in rows
     assert [v["state"] for v in plan.storage.read_json(command.JSON)["variants"]].count("failed") == len(failing)
     table = made.output.split("variant   ")[1]
     assert ("response                 failed: no GPU add a node" in table) == bool(failing) and "0.600 [0.500, 0.700]" in table
@@ -179,6 +205,20 @@ def test_an_error_is_all_of_its_lines_or_the_last_line_and_the_code():
     assert children._reason(["error: old", "error: a"], 3) == "a"
     assert children._reason(["starting", ""], -9) == "ended with signal 9: starting"
     assert children._reason([], 7) == "ended with exit code 7: it printed nothing"
+
+
+@pytest.mark.parametrize(
+    ("line", "of_ray"),
+    [
+        ("(raylet) [2026-11-25 13:36:26 I] Set ray log level", True),
+        ("\x1b[36m(RayTrainWorker pid=29732)\x1b[0m Setting up", True),
+        ("(TrainController pid=29376, ip=192.0.2.2) Started", True),
+        ("train          5s  1/6 rows", False),
+        ("error: (odd) text", False),
+    ],
+)
+def test_log_lines_of_ray_are_not_a_child_s_words(line, of_ray):
+    assert bool(children._OF_RAY.match(line)) == of_ray
 
 
 def test_a_child_ends_with_its_parent():

@@ -187,14 +187,16 @@ def test_what_is_tracked_is_also_shown(recorders):
 
 def test_what_the_evaluation_measured_is_logged(tmp_path, recorders, monkeypatch):
     tracked = job({"type": "wandb"}, run_root=str(tmp_path))
-    pipeline.Run(tracked).out("train").write_json({}, "result.json")
+    pipeline.Run(tracked).out("train").write_json(StageResult(1, 1).to_dict() | {"seconds": 0.0}, "result.json")
+
+    error = {"value": 0.7, "low": 0.6, "high": 0.8}
 
     def evaluate(run, progress):
-        run.out("evaluate").write_json({"clm": {"accuracy": {"value": 0.7, "low": 0.6}}}, "metrics.json")
+        run.out("evaluate").write_json({"clm": {"attributes": {"brevity": {"mae": error}}}}, "metrics.json")
         return StageResult(1, 1)
 
     monkeypatch.setitem(pipeline._RUNNERS, "evaluate", evaluate)
     monkeypatch.setattr(pipeline, "start_ray", lambda wanted: None)
-    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress: None)
+    monkeypatch.setattr(pipeline, "_await_fit", lambda job, progress, stage: None)
     pipeline.run(tracked, ["evaluate"])
-    assert ({"evaluate/clm/accuracy": 0.7}, None) in recorders[0].told
+    assert ({"evaluate/clm/attributes/brevity/mae": 0.7}, None) in recorders[0].told

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -19,8 +18,10 @@ from ctrlray.patience import Background
 from ctrlray.rewards.pool import RewardPool
 from ctrlray.tables import Storage
 from ctrlray.train.launch import Watch, launch
-from ctrlray.train.ppo.loop import STOP, WEIGHTS, PPOTask, ppo_loop, weights_name
+from ctrlray.train.ppo import handover
+from ctrlray.train.ppo.loop import STOP, PPOTask, ppo_loop
 from ctrlray.train.ppo.rollouts import ROLLOUTS, Producer, Prompts
+from ctrlray.train.ppo.weights import newest_weights, read_weights
 
 _POLL_S = 0.02
 
@@ -49,6 +50,7 @@ def train(
         )
     if task.out.exists(STOP):
         task.out.remove(STOP)
+    handover.clear(task.out)
     timeout = job.cluster.stall_timeout_s
     progress.note("starting vLLM and reward actors")
     with (
@@ -60,7 +62,10 @@ def train(
         progress.note("training ppo")
         learner = Background(partial(launch, ppo_loop, {"task": task}, task.settings, name, place, what="train: ppo"))
         try:
-            _Driver(task, producer, learner, Watch("ppo", task.out, progress, before), progress, timeout).run()
+            driver = _Driver(task, producer, learner, Watch("ppo", task.out, progress, before), progress, timeout)
+            if task.transfer == "nccl":
+                driver.incoming = handover.Incoming(task.out, engines, spec.dtype, driver.until)
+            driver.run()
         except BaseException as error:
             task.out.write_json({"reason": f"{type(error).__name__}: {error}"}, STOP)
             raise
@@ -75,6 +80,8 @@ class _Driver:
         self._task, self._producer, self._learner, self._watch = task, producer, learner, watch
         self._progress, self._timeout_s = progress, timeout_s
         self._ended = False
+        self.incoming: handover.Incoming | None = None
+        """How weights come where the trainer sends them; they are read from storage otherwise."""
 
     def run(self) -> None:
         """Rollouts for every step that lacks them, then wait for the learner's end."""
@@ -85,28 +92,32 @@ class _Driver:
             notes = self._sync(max(0, step - self._task.objective.max_staleness), step)
             tokens = self._producer.make(step, notes)
             self._progress.advance(0, tokens)
-        self._until(lambda: self._ended, "the learner to end")
+        self.until(lambda: self._ended, "the learner to end")
 
     def _sync(self, least: int, step: int) -> dict[str, float]:
         """The newest weights into every engine, at least version `least`, at most that of `step`; seconds it took."""
         began = time.perf_counter()
-        self._until(lambda: self._newest(least, step) is not None, f"version {least} of the weights")
+        if self.incoming is not None:
+            return self._received(self.incoming, least, step, began)
+        out = self._task.out
+        self.until(lambda: newest_weights(out, least, step) is not None, f"version {least} of the weights")
         waited = time.perf_counter()
-        version = self._newest(least, step)
+        version = newest_weights(out, least, step)
         assert version is not None
         if version != self._producer.engines.weights_version:
-            adapter, card = _read_weights(self._task.out, version)
+            adapter, card = read_weights(out, version)
             self._producer.engines.load_adapter(adapter, card, version)
         return {"sync_s": time.perf_counter() - waited, "learner_s": waited - began}
 
-    def _newest(self, least: int, most: int) -> int | None:
-        """The newest version there is from `least` to `most`; version 0 is the model that training starts from."""
-        for version in range(most, max(least, 1) - 1, -1):
-            if self._task.out.exists(WEIGHTS, weights_name(version)):
-                return version
-        return 0 if least == 0 else None
+    def _received(self, incoming: handover.Incoming, least: int, step: int, began: float) -> dict[str, float]:
+        engines, waited_s = self._producer.engines, 0.0
+        engines.renew = partial(incoming.bring, least, step)
+        if engines.weights_version < least:
+            engines.renew()
+            waited_s = incoming.waited_s
+        return {"sync_s": time.perf_counter() - began - waited_s, "learner_s": waited_s}
 
-    def _until(self, there: Callable[[], bool], what: str) -> None:
+    def until(self, there: Callable[[], bool], what: object) -> None:
         """Wait for the learner. Raises what the learner raised, or ClusterError when it finishes no step in time."""
         seen, moved = self._watch.seen, time.monotonic()
         while not there():
@@ -122,16 +133,6 @@ class _Driver:
                     "mend that, or raise cluster.stall_timeout_s where it is only slow, and run the same command again."
                 )
         self._watch.look()
-
-
-def _read_weights(out: Storage, version: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors by name and the card that says how they are merged."""
-    from safetensors.torch import load
-
-    data = out.read_bytes(WEIGHTS, weights_name(version))
-    size = int.from_bytes(data[:8], "little")  # the format: length of a JSON header, the header, the tensors
-    card = json.loads(json.loads(data[8 : 8 + size])["__metadata__"]["card"])
-    return load(data), card
 
 
 def accounts(place: Storage, names: Sequence[str]) -> dict[str, Any]:

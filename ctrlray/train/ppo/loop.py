@@ -5,7 +5,6 @@ wait for rollouts k -> log-probs and values -> rewards, advantages -> epochs of 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -16,11 +15,11 @@ from ctrlray import config, schema
 from ctrlray.control import ControlSpace
 from ctrlray.errors import ClusterError
 from ctrlray.tables import Storage
+from ctrlray.train.ppo.handover import outgoing
 from ctrlray.train.ppo.rollouts import ROLLOUTS, part
+from ctrlray.train.ppo.weights import write_weights
 
-WEIGHTS, STOP = "weights", "stop.json"
-_KEPT = 3
-"""Versions of the weights that stay in storage: the engines are at most one behind."""
+STOP = "stop.json"
 _POLL_S = 0.02
 
 
@@ -40,6 +39,7 @@ class PPOTask:
     key: str
     pad_id: int
     timeout_s: float
+    transfer: config.Transfer
 
 
 def ppo_loop(raw: dict[str, Any]) -> None:
@@ -72,6 +72,7 @@ class _Loop:
         self.trainer = Trainer(
             self.policy, policy_groups(self.policy, task.settings), task.settings, gpu=gpu, bf16_masters=masters
         )
+        self.outgoing = outgoing(task, self.policy.network, self.rank, self.ranks) if task.transfer == "nccl" else None
         self.trail = Trail(self.trainer, task.out, self.rank, task.objective.steps)
         self.kl_coefficient = task.objective.kl.coefficient
 
@@ -91,7 +92,7 @@ class _Loop:
             point = self._step(step, measured)
             began = time.perf_counter()
             self._publish(step + 1)
-            point["publish_s"] = time.perf_counter() - began
+            point["publish_s"] += time.perf_counter() - began
             self.trail.add(point)
             if last:
                 self._write_results()
@@ -105,7 +106,7 @@ class _Loop:
         from ctrlray.train.worker import reseed
 
         arrived = time.perf_counter()
-        self._await(step)
+        sent_s = self._await(step)
         began = time.perf_counter()
         names = list(self.task.space.names)
         table = self.task.out.read_part(ROLLOUTS, part(step), schema.rollouts(names))
@@ -125,19 +126,29 @@ class _Loop:
             **notes,
             "next_kl_coefficient": self.kl_coefficient,
             "tokens": sum(len(t) for t in table["token_ids"].to_pylist()),
-            "wait_s": began - arrived,
+            "wait_s": began - arrived - sent_s,
+            "publish_s": sent_s,
             "seconds": time.perf_counter() - began,
         }
 
-    def _await(self, step: int) -> None:
-        """Wait for a step's rollouts. Raises ClusterError when the driver stopped, or when none come in time."""
+    def _await(self, step: int) -> float:
+        """Wait for a step's rollouts and meanwhile send weights to engines that ask; returns the seconds that sending took.
+
+        Raises ClusterError when the driver stopped, or when nothing comes in time.
+        """
         end = time.monotonic() + self.task.timeout_s
-        while not self.task.out.exists(ROLLOUTS, f"{part(step)}.parquet"):
+        before = self.outgoing.seconds if self.outgoing else 0.0
+        while not self._may_begin(step):
             if self.task.out.exists(STOP):
                 raise ClusterError(f"the driver stopped: {self.task.out.read_json(STOP)['reason']}")
             if time.monotonic() > end:
                 raise ClusterError(f"no rollouts of step {step + 1} came within {self.task.timeout_s:g} s")
             time.sleep(_POLL_S if self.task.out.is_local else 0.5)
+        return self.outgoing.seconds - before if self.outgoing else 0.0
+
+    def _may_begin(self, step: int) -> bool:
+        there = self.task.out.exists(ROLLOUTS, f"{part(step)}.parquet")
+        return self.outgoing.meet(step, there) if self.outgoing else there
 
     def _learn(self, step: int, rollouts: Any, measured: bool) -> dict[str, float]:
         """Advantages of a step's rollouts, then its epochs; what both measured."""
@@ -225,18 +236,16 @@ class _Loop:
         return PolicyBatch(tree, *(targets[name][tree.example_N, :width] for name in PolicyBatch._fields[1:]))
 
     def _publish(self, version: int) -> None:
-        """Write the weights that the next rollouts are sampled with; the file is complete when it is there."""
-        from safetensors.torch import save
-
+        """Write the weights that the next rollouts are sampled with, unless engines ask for them."""
+        if self.outgoing:
+            return
         from ctrlray.train.models import trained_state
 
         with self.trainer.gathered() as policy:
             if self.rank != 0:
                 return
             state, card = trained_state(policy, self.task.settings.lora, self.task.control_ids)
-        self.task.out.write_bytes(save(state, {"card": json.dumps(card)}), WEIGHTS, weights_name(version))
-        for name in self.task.out.names(WEIGHTS, suffix=".safetensors")[:-_KEPT]:
-            self.task.out.remove(WEIGHTS, name)
+        write_weights(self.task.out, version, state, card)
 
     def _write_results(self) -> None:
         from ctrlray.train.worker import write_tensorboard
@@ -247,8 +256,3 @@ class _Loop:
         if out.is_local:
             write_tensorboard(self.trail.curves, out.path("tensorboard"))
         out.write_json({"key": self.task.key, "steps": self.task.objective.steps, "path": self.policy.path}, "done.json")
-
-
-def weights_name(version: int) -> str:
-    """File of a version of the weights."""
-    return f"{version:06d}.safetensors"

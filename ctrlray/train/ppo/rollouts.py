@@ -170,7 +170,7 @@ class Producer:
 
 
 def _row(step: int, ask: Ask, answer: Completion | None, version: int, names: Sequence[str]) -> dict[str, Any]:
-    made = answer or Completion("", [], 0.0, ENGINE_DIED, [])
+    made = answer or Completion("", [], 0.0, ENGINE_DIED, [], version)
     nothing = {f"{kind}_{n}": float("nan") for kind in ("score", "units") for n in names}
     return nothing | {
         "rollout_id": ask.rollout_id,
@@ -184,7 +184,7 @@ def _row(step: int, ask: Ask, answer: Completion | None, version: int, names: Se
         "logprobs": made.logprobs,
         "text": made.text,
         "finish_reason": made.finish_reason,
-        "weights_version": version,
+        "weights_version": made.weights_version,
         **{f"requested_{n}": level for n, level in zip(names, ask.levels, strict=True)},
     }
 

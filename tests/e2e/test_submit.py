@@ -1,0 +1,155 @@
+"""`ctrlray submit` on a real `ray start --head` with a token: followed, left, stopped, resumed, its driver killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import pytest
+import yaml
+
+from tests.e2e.tiny_job import tiny_job
+
+pytestmark = pytest.mark.slow
+REWARD = """
+def lengths(prompts, responses):
+    return {"brevity": [-len(r) for r in responses], "variety": [len(set(r)) for r in responses]}
+"""
+BIN = Path(sys.executable).parent
+
+
+class Head(NamedTuple):
+    """A cluster of one node."""
+
+    address: str
+    environment: dict[str, str]
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [s.getsockname()[1] for s in sockets]
+
+
+def await_port(port: int, started: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the job server answers."""
+    end = time.monotonic() + 240
+    while started.poll() is None and time.monotonic() < end:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.5)
+    pytest.fail(f"the job server did not come up: {log.read_text()[-2000:]}")
+
+
+@pytest.fixture(scope="module")
+def head(private_cache: Path) -> Iterator[Head]:
+    home = Path(tempfile.mkdtemp(prefix="ctrl", dir="/tmp"))  # short: Ray's sockets lie below it
+    keep = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") or k == "RAY_USAGE_STATS_ENABLED"}
+    environment = keep | {
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(private_cache),
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    }
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
+    gcs, board, client, agent = free_ports(4)
+    command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={board}", "--num-cpus=2"]
+    command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", f"--temp-dir={home}/ray"]
+    with (home / "log").open("wb") as log:
+        started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        await_port(board, started, home / "log")
+        yield Head(f"http://127.0.0.1:{board}", environment)
+    finally:
+        mine = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]
+        started.terminate()
+        _, alive = psutil.wait_procs(mine, timeout=30)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        shutil.rmtree(home, ignore_errors=True)
+
+
+class Follower:
+    """A `ctrlray submit` in another folder than the job's, and what it wrote."""
+
+    def __init__(self, head: Head, job: Path, *words: str) -> None:
+        elsewhere = job.parent / "elsewhere"
+        elsewhere.mkdir(exist_ok=True)
+        self.path = elsewhere / f"out-{time.monotonic_ns()}"
+        command = [BIN / "ctrlray", "submit", job, "--address", head.address, "--working-dir", job.parent / "code", *words]
+        with self.path.open("wb") as out:
+            self.process = subprocess.Popen(command, cwd=elsewhere, env=head.environment, stdout=out, stderr=out)
+
+    def text(self) -> str:
+        return self.path.read_text()
+
+    def until(self, pattern: str, timeout_s: float = 240) -> re.Match[str]:
+        end = time.monotonic() + timeout_s
+        while (found := re.search(pattern, self.text(), re.M)) is None:
+            assert self.process.poll() is None and time.monotonic() < end, self.text()
+            time.sleep(0.2)
+        return found
+
+    def code(self, timeout_s: float = 400) -> int:
+        return self.process.wait(timeout=timeout_s)
+
+
+def drivers(head: Head, run: Path) -> list[psutil.Process]:
+    """Driver processes of the job, without their keeper."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        words, variables = process.info["cmdline"] or [], process.info["environ"] or {}
+        if variables.get("HOME") == head.environment["HOME"] and "pipeline" in words and "--restarts" not in words:
+            found.append(process)
+    return found
+
+
+def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny: Path, tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "my_rewards.py").write_text(REWARD)
+    reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
+    # many small blocks, so that there is time between the first and the last
+    changes = {"rewards": [reward], "prompts.train": 40, "generate.batch_size": 4, "train.epochs": 1}
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(tiny_job(tiny, root, changes)))
+
+    first = Follower(head, job)
+    first.until(r"^submitted tiny-\d{8}-\d{6}-\w{4}")
+    first.until(r"^generate .*\b[1-9]\d*/\d+ rows")
+    first.process.send_signal(signal.SIGINT)
+    assert first.code(30) == 130 and "Follow it again: ctrlray submit" in first.text()
+
+    again = Follower(head, job)
+    again.until(r"^following tiny-")
+    again.until(r"^generate .*\b[1-9]\d*/\d+ rows")  # the log comes from its beginning
+    stop = Follower(head, job, "--stop")
+    assert stop.code(90) == 0 and "stopped tiny-" in stop.text(), stop.text()
+    assert again.code(30) == 143
+    kept = {p: p.stat().st_mtime_ns for p in root.glob("generate/*/responses/*")}
+    assert kept and not list(root.glob("generate/*/result.json"))
+
+    resumed = Follower(head, job)
+    resumed.until(r"^prompts .*finished before, unchanged")
+    resumed.until(r"^train ")
+    (driver,) = drivers(head, root)
+    driver.kill()
+    resumed.until("the driver was killed by signal 9; starting it again")
+    assert resumed.code() == 0, resumed.text()
+    assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
+    assert len(list(root.glob("*/*/result.json"))) == 8 and list(root.glob("report.html"))
+    assert re.search(r"^generate .*finished before, unchanged", resumed.text(), re.M)
