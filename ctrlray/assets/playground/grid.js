@@ -76,6 +76,7 @@ export class Grid {
       h("tr", {}, state.rows ? h("th", { scope: "row" }, h("span", {}, `${state.rows} ${rows[i]}`)) : null, ...answers.map((a) => h("td", {}, a.element))),
     );
     const caption = h("caption", {}, h("span", { dir: "auto" }, prompt));
+    this.place.style.setProperty("--columns", head.length);
     return h("table", {}, caption, h("thead", {}, h("tr", {}, state.rows ? h("td", {}) : null, ...head)), h("tbody", {}, ...body));
   }
 

@@ -88,7 +88,6 @@ const draw = () => {
   $("models").hidden = models.length < 2;
   $("strategies").hidden = session.served.strategies.length < 2;
   $("scoring").hidden = !described.scores;
-  $("prompt").value = state.prompt;
   $("system").value = state.system;
   $("max-tokens").value = state.maxTokens ?? "";
   $("max-tokens").max = described.key.max_tokens ?? "";
@@ -201,10 +200,14 @@ for (const name of VIEWS) {
     if (step) select(VIEWS.at((VIEWS.indexOf(name) + step) % VIEWS.length), true);
   });
 }
-addEventListener("hashchange", () => {
+const arrive = () => {
   decode(location.hash);
+  $("prompt").value = state.prompt;
+};
+addEventListener("hashchange", () => {
+  arrive();
   if (described) draw();
 });
 
-decode(location.hash);
+arrive();
 begin();
