@@ -16,6 +16,7 @@ PARTS = {
     "A": ("quickstart", "generation", "ranks"),
     "C": ("training", "training_gpu", "toys", "reward_model"),
     "D": ("ppo_dial", "ppo", "toys_ppo"),
+    "E": ("results",),
 }
 MAX_BETWEEN, MAX_LENGTH = 0.5, 0.3
 AIMS = {"A": {"helpfulness": 0.70, "harmlessness": 0.70}, "C": {"helpfulness": 0.70, "harmlessness": 0.66}}

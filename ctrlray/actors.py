@@ -102,7 +102,7 @@ class ActorPool:
                     made = ray.get(answer)
             except _ENDED as error:
                 if self.actors[index] is actor:  # else `heal` was first, while another one was replaced
-                    self._replace(index, error)
+                    self.replace(index, error)
                 died.append(batch)
                 again, killers = plan(batch, died)
                 waiting[:0] = again
@@ -157,10 +157,10 @@ class ActorPool:
         """Replace the actors that ended since they last had work."""
         for index, answer in enumerate(self.ask(lambda actor: actor.ready.remote())):
             if isinstance(answer, _ENDED):
-                self._replace(index, answer)
+                self.replace(index, answer)
 
-    def _replace(self, index: int, error: Exception) -> None:
-        """A new actor in the place of one that ended or raised."""
+    def replace(self, index: int, error: Exception) -> None:
+        """A new actor in the place of one that ended or raised. Raises ClusterError when that was so too often."""
         self._restarts += 1
         if self._restarts > self._pool.max_restarts:
             raise ClusterError(
@@ -198,8 +198,10 @@ class ActorPool:
         self.actors = []
 
 
-_ENDED = (ray.exceptions.RayActorError, ray.exceptions.RayTaskError, ray.exceptions.OutOfMemoryError)
-"""An actor that is gone, that raised, or that Ray ended before the node's memory did."""
+GONE = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)
+"""An actor that is no more, or that Ray ended before the node's memory did."""
+_ENDED = (*GONE, ray.exceptions.RayTaskError)
+"""An actor that is gone, or that raised."""
 
 
 @contextmanager

@@ -605,6 +605,9 @@ class Train(Optimization):
 
     objectives: Annotated[tuple[Objective, ...], Field(min_length=1)] = (ExMATE(),)
     """Each is trained from the prepared base and evaluated as a method of its own."""
+    seed: int | None = None
+    """Of the order of examples, of new weights and of sampling in PPO; the job's seed when unset. With another one the dial is
+    trained anew on the same answers, scores and prompts."""
     control_rate: Annotated[float, Field(gt=0)] = 4e-3
     """Learning rate of the control rows, which start from word embeddings and must travel further."""
     share_prompts: bool = True
@@ -846,6 +849,11 @@ class Job(Frozen):
     def teachers(self) -> tuple[Reward, ...]:
         """Rewards that label the pool and reinforce."""
         return tuple(r for r in self.rewards if not r.judge)
+
+    @property
+    def train_seed(self) -> int:
+        """Seed of all that training draws."""
+        return self.seed if self.train.seed is None else self.train.seed
 
     @property
     def judges(self) -> tuple[Reward, ...]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 
-from ctrlray.actors import ActorPool, Words, last_line
+from ctrlray.actors import GONE, ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
 from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.engine.landing import Landing
@@ -153,7 +153,7 @@ class EnginePool:
         """Give every engine the checkpoint it started from with an adapter merged into it, as `version`.
 
         Raises ConfigError when a tensor of the adapter has no home there, ClusterError when an engine cannot prove that it
-        computes with the new weights. An engine that ended since its last work is replaced before.
+        computes with the new weights. An engine that ended since its last work, or over the update, is replaced.
         """
         begun = time.monotonic()
         self._engines.heal()
@@ -196,12 +196,20 @@ class EnginePool:
         return Sync(version, Seconds(0.0, slowest, slowest), dict(self._checksums))
 
     def _load(self, give: Callable[[Any], Any], version: int) -> list[Held]:
-        held = [self._proved(i, answer, version) for i, answer in enumerate(self._engines.ask(give))]
+        answers = [self._replaced_and_given(i, answer, give) for i, answer in enumerate(self._engines.ask(give))]
+        held = [self._proved(i, answer, version) for i, answer in enumerate(answers)]
         for i, other in enumerate(held):
             self._agree(i, other, held[0].checksums)
         self._give, self._checksums, self.weights_version = give, held[0].checksums, version
         record(current(), "ctrlray_weights_version", version)
         return held
+
+    def _replaced_and_given(self, index: int, answer: Any, give: Callable[[Any], Any]) -> Any:
+        """What the engine in that place says to `give`, where the one that was asked may have died over it."""
+        while isinstance(answer, GONE):
+            self._engines.replace(index, answer)
+            (answer,) = self._engines.ask(give, [index])
+        return answer
 
     def _restore(self, index: int) -> None:
         """Give an engine that took another's place the weights in force; it starts with those of version 0."""
@@ -210,6 +218,8 @@ class EnginePool:
         if self._give is None:
             return
         (answer,) = self._engines.ask(self._give, [index])
+        if isinstance(answer, GONE):
+            return self._engines.replace(index, answer)
         self._agree(index, self._proved(index, answer, self.weights_version), self._checksums)
 
     def _proved(self, index: int, answer: Any, version: int) -> Held:
@@ -221,7 +231,7 @@ class EnginePool:
                 "is only slow, and run the same command again"
             ) from answer
         if isinstance(answer, Exception):
-            raise ClusterError(f"{who} ended while it loaded the weights: {last_line(answer)}") from answer
+            raise ClusterError(f"{who} failed to load the weights: {last_line(answer)}") from answer
         held: Held = answer
         if held.version != version:
             raise ClusterError(f"{who} holds weights of version {held.version} after the update to {version}")

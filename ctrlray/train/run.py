@@ -104,7 +104,7 @@ def _learn(
         examples=source,
         out=place,
         dtype=_dtype(job),
-        seed=job.seed,
+        seed=job.train_seed,
         key=key,
     )
     patience = Patience("train", job.cluster.stall_timeout_s, partial(waits_for, place, job.train))
@@ -134,7 +134,7 @@ def _reinforce(
         settings=job.train,
         out=place,
         dtype=_dtype(job),
-        seed=job.seed,
+        seed=job.train_seed,
         key=key,
         pad_id=renderer.tokenizer.pad_token_id or renderer.tokenizer.eos_token_id or 0,
         timeout_s=job.cluster.stall_timeout_s,

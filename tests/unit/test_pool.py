@@ -295,6 +295,32 @@ def test_engines_that_die_at_work_or_between_are_replaced_with_the_adapter_in_fo
         assert len(cluster.actors) == 5 and [a.host.loaded for a in alive] == [({"w": [1.0]}, CARD, 5)] * 2
 
 
+def test_an_engine_that_dies_over_an_update_is_replaced_and_given_it(cluster, monkeypatch):
+    with pool() as engines:
+        engines.load_adapter(ADAPTER, CARD, 4)
+        well = Host.load_adapter
+        deaths = iter(range(3))  # both engines over the update, then one replacement over the weights in force
+
+        def load_adapter(self, adapter, card, version):
+            if next(deaths, None) is not None:
+                raise ValueError("killed")
+            return well(self, adapter, card, version)
+
+        monkeypatch.setattr(Host, "load_adapter", load_adapter)
+        assert engines.load_adapter({"w": torch.ones(1)}, CARD, 5).version == engines.weights_version == 5
+        alive = [a for a in cluster.actors if not a.killed]
+        assert len(cluster.actors) == 5 and [a.host.loaded for a in alive] == [({"w": [1.0]}, CARD, 5)] * 2
+
+
+def test_engines_that_die_over_every_update_are_given_up(cluster, monkeypatch):
+    def load_weights(self, folder, version):
+        raise ValueError("killed")
+
+    monkeypatch.setattr(Host, "load_weights", load_weights)
+    with pool(max_restarts=2) as engines, pytest.raises(ClusterError, match=r"engines ended 3 times, more than .*: killed$"):
+        engines.load_weights("/w")
+
+
 def test_a_replacement_that_cannot_prove_the_weights_gets_no_work(cluster):
     with pool("fine") as engines:
         engines.load_adapter(ADAPTER, CARD, 4)
@@ -324,7 +350,7 @@ def test_engines_that_do_not_start_leave_none_behind(cluster, monkeypatch):
     ("error", "message"),
     [
         (ray.exceptions.GetTimeoutError("late"), "did not load the weights within"),
-        (ray.exceptions.RayActorError("00", "it died\nits node is gone"), "ended while it loaded the weights: its node is gone"),
+        (ray.exceptions.RayTaskError("f", "it raised\nno such file", OSError()), "failed to load the weights: no such file"),
     ],
 )
 def test_weights_that_do_not_arrive_stop_the_run(cluster, monkeypatch, error, message):

@@ -26,6 +26,7 @@ def name_of(tmp_path, tiny, monkeypatch):
 
         def launch(loop, given, settings, name, out, *, what):
             names.append(name)
+            find.seeds.append(given["task"].seed)
             place = given["task"].out
             place.write_json([{"step": 1, "tokens": 1, "seconds": 1.0}], "curves.json")
             place.write_json({"path": "segments"}, "done.json")
@@ -49,7 +50,16 @@ def name_of(tmp_path, tiny, monkeypatch):
         train.run(table, out, job, base, None, out, Run(job).keys["train"], Silent())
         return names[0]
 
+    find.seeds = []
     return find
+
+
+def test_another_seed_of_training_alone_trains_anew(name_of):
+    names = [name_of(), name_of(seed=0), name_of(seed=5)]
+    assert name_of.seeds == [0, 0, 5] and len(set(names)) == 3
+    runs = [Run(config.load_job("smoke", [f"train.seed={seed}"])) for seed in (1, 2)]
+    first, second = (run.keys for run in runs)
+    assert [s for s in first if first[s] == second[s]] == ["prompts", "generate", "score", "distill"]
 
 
 def test_a_changed_objective_never_resumes_an_old_snapshot(name_of):

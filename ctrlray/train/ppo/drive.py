@@ -42,7 +42,7 @@ def train(
 
     `place` holds the Ray Train run of that `name`; the task's own folder everything else.
     """
-    order = Prompts(prompts, ControlSpace.of(job.control), renderer, task.objective, job.model.max_context, job.seed)
+    order = Prompts(prompts, ControlSpace.of(job.control), renderer, task.objective, job.model.max_context, job.train_seed)
     if order.num_usable < task.objective.prompts_per_step:
         raise DataError(
             f"ppo: {order.num_usable} of {len(prompts)} prompts leave room for {task.objective.sampling.max_tokens} tokens of an "
