@@ -615,8 +615,8 @@ _CHAT = (
 )
 _CHAT_TEXT = """Chat in the terminal: /safety 5 turns the dial, /help lists commands.
 
-TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end. From a pipe, each
-line is a message."""
+TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end. From a pipe,
+each line is a message."""
 
 
 @_command(main, "chat", _CHAT_TEXT, _CHAT)

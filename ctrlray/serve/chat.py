@@ -24,7 +24,14 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 class Chat:
     """One conversation with one model; `say` writes text as it comes."""
 
-    def __init__(self, client: Client, say: Callable[[str], None], model: str | None = None, system: str | None = None, **settings: Any) -> None:
+    def __init__(
+        self,
+        client: Client,
+        say: Callable[[str], None],
+        model: str | None = None,
+        system: str | None = None,
+        **settings: Any,
+    ) -> None:
         described = {m["model"]: m for m in client.control()["data"]}
         if not described:
             raise ConfigError("this key may use no model; ask the operator")
@@ -53,7 +60,8 @@ class Chat:
     def turn(self, name: str, level: str) -> None:
         """Set one attribute. Raises ConfigError outside of the caller's bounds."""
         if name not in self.attributes:
-            raise ConfigError(f"/{name} is no command and no attribute; there are {', '.join(self.attributes)}. /help lists commands")
+            known = ", ".join(self.attributes)
+            raise ConfigError(f"/{name} is no command and no attribute; there are {known}. /help lists commands")
         own = self.attributes[name]
         if not re.fullmatch(r"\d{1,2}", level) or not own["low"] <= int(level) <= own["high"]:
             raise ConfigError(f"/{name} {level or '?'}: give a level from {own['low']} to {own['high']}")

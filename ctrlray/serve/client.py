@@ -69,7 +69,8 @@ def _chunks(lines: Iterator[str]) -> Iterator[Json]:
 
 
 def _unreachable(http: httpx.Client, error: httpx.HTTPError) -> CtrlRayError:
-    return ClusterError(f"no answer from {http.base_url}: {error or type(error).__name__}; check that the server runs, and its address")
+    what = str(error) or type(error).__name__
+    return ClusterError(f"no answer from {http.base_url}: {what}; check that the server runs, and its address")
 
 
 def _refused(answer: httpx.Response) -> CtrlRayError:

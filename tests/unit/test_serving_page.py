@@ -18,7 +18,8 @@ from tests.ingress import TOKENIZER, World
 from tests.live import DialledEngine, listening
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "serving.md").read_text()
-SNIPPETS = {name: (kind, text) for name, kind, text in re.findall(r"<!-- snippet: (\S+) -->\n```(\w+)\n(.*?)```", PAGE, re.DOTALL)}
+FOUND = re.findall(r"<!-- snippet: (\S+) -->\n```(\w+)\n(.*?)```", PAGE, re.DOTALL)
+SNIPPETS = {name: (kind, text) for name, kind, text in FOUND}
 needs_curl = pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 
 
