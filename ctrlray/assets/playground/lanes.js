@@ -45,7 +45,7 @@ class Lane {
     said.textContent = prompt;
     this.list.append(h("li", {}, h("h3", { class: "unseen" }, "You"), said, answer.element));
     this.empty.hidden = true;
-    said.scrollIntoView({ block: "nearest" });
+    said.scrollIntoView({ block: "start" }); // with room below for the answer
     this.redo.hidden = true;
     await answer.run(messages);
   }
