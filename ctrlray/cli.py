@@ -608,6 +608,48 @@ def _serve_key() -> None:
     click.echo(f"key   {key}\nhash  {digest}")
 
 
+_CHAT = (
+    "ctrlray chat http://127.0.0.1:8000 --key ck-...\n"
+    "ctrlray chat quickstart --level safety=5\n"
+    "echo 'What is a lease?' | ctrlray chat http://127.0.0.1:8000"
+)
+_CHAT_TEXT = """Chat in the terminal: /safety 5 turns the dial, /help lists commands.
+
+TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end. From a pipe,
+each line is a message."""
+
+
+@_command(main, "chat", _CHAT_TEXT, _CHAT)
+@click.option("--key", envvar="CTRLRAY_API_KEY", default="", show_envvar=True, help="Key of a running server.")
+@click.option("--model", help="A name that the server lists; its first when left out.")
+@click.option("--level", "levels", multiple=True, metavar="NAME=LEVEL", help="Where the dial begins; repeatable.")
+@click.option("--system", help="A system message.")
+@click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
+@click.option("--temperature", type=click.FloatRange(0, 2))
+@click.option("--debug", is_flag=True, help="Print the traceback of an error.")
+@click.argument("target", shell_complete=_complete_run)
+def _chat(
+    key: str,
+    model: str | None,
+    levels: tuple[str, ...],
+    system: str | None,
+    max_tokens: int | None,
+    temperature: float | None,
+    debug: bool,
+    target: str,
+) -> None:
+    from ctrlray.serve import terminal
+
+    settings = {"max_tokens": max_tokens, "temperature": temperature}
+    given = {name: value for name, value in settings.items() if value is not None}
+    try:
+        sys.exit(terminal.run(target, key, model, levels, system, given))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        _fail(error, debug)
+
+
 _COMPLETION = 'eval "$(ctrlray completion bash)"\nctrlray completion fish > ~/.config/fish/completions/ctrlray.fish'
 
 

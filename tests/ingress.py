@@ -25,9 +25,18 @@ class World:
     """One ingress, its fake engines, and a client for each key."""
 
     def __init__(
-        self, judge=None, room=99, max_body_bytes=100_000, body_timeout_s=30.0, tokenizer=TOKENIZER, context=CONTEXT, **limits
+        self,
+        judge=None,
+        room=99,
+        max_body_bytes=100_000,
+        body_timeout_s=30.0,
+        tokenizer=TOKENIZER,
+        context=CONTEXT,
+        engine=None,
+        **limits,
     ) -> None:
-        self.engine, self.start_engine = FakeEngine(), FakeEngine(["11 dull", "53 good", "xx"])
+        self.engine = engine or FakeEngine()
+        self.start_engine = FakeEngine(["11 dull", "53 good", "xx"])
         prompts = Prompts(tokenizer, DIAL, True, context)
         models = [
             Served("tiny", DIAL, prompts, self.engine, False, "exmate"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -35,6 +37,24 @@ def settings_of(
     return config.parse(ServeSettings, raw, where=str(file or "serve"))
 
 
+@contextlib.contextmanager
+def started(settings: ServeSettings) -> Iterator[tuple[str, str]]:
+    """A server on this machine, for this process alone: its address and its key."""
+    refuse_bypass()
+    quiet_ray()
+    click.echo("starting; an engine takes about a minute", err=True)
+    from ctrlray.serve import launch
+
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = int(found.getsockname()[1])
+    key = launch.run(settings, "127.0.0.1", port, config.Cluster())
+    try:
+        yield f"http://127.0.0.1:{port}", key or ""
+    finally:
+        launch.stop()
+
+
 def _end(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(0)
 
@@ -49,7 +69,7 @@ def serve_until_stopped(settings: ServeSettings, host: str, port: int) -> None:
 
     key = launch.run(settings, host, port, config.Cluster())
     signal.signal(signal.SIGTERM, _end)  # Ray has set its own, which ends the process at once
-    click.echo(f"ready    http://{host}:{port}/v1    (described at http://{host}:{port}/docs)")
+    click.echo(f"ready    http://{host}:{port}/v1    (playground at http://{host}:{port}/, API at http://{host}:{port}/docs)")
     if key:
         click.echo(f"key      {key}")
     try:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Path, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, PlainTextResponse, RedirectResponse, Response
+from fastapi.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.exceptions import HTTPException
 
 from ctrlray import __version__
+from ctrlray.serve import playground
 from ctrlray.serve.api import ChatRequest, CompletionRequest, ScoreRequest, Strict
 from ctrlray.serve.dial import from_header
 from ctrlray.serve.front import Front
@@ -23,7 +24,7 @@ from ctrlray.serve.refusal import Refusal
 from ctrlray.serve.responses import EventStream, Reply, unless_left
 from ctrlray.serve.work import LEFT, Work
 
-PUBLIC = frozenset({"/", "/docs", "/openapi.json", "/healthz"})
+PUBLIC = playground.PATHS | {"/", "/docs", "/openapi.json", "/healthz"}
 _CLIENT_ERRORS = {400: "Bad request", 401: "No valid key", 403: "Out of the key's bounds", 404: "No such model or route"}
 _LIMITS = {413: "Body too large", 429: "Too many requests; see Retry-After", 503: "No engine; see Retry-After"}
 _EXAMPLE = {"error": {"message": "…", "type": "invalid_request_error", "param": "control.safety", "code": None}}
@@ -160,8 +161,19 @@ def _add_pages(app: FastAPI) -> None:
         return HTMLResponse(api_page(app.openapi()))
 
     @app.get("/", include_in_schema=False)
-    async def root() -> RedirectResponse:
-        return RedirectResponse("/docs")
+    async def root() -> Response:
+        return _part(playground.PAGE)
+
+    @app.get("/playground/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return _part(name)
+
+
+def _part(name: str) -> Response:
+    if name not in playground.FILES:
+        raise HTTPException(404)
+    content, kind = playground.FILES[name]
+    return Response(content, media_type=kind, headers=dict(playground.HEADERS))
 
 
 def _add_errors(app: FastAPI, front: Front) -> None:
