@@ -104,7 +104,7 @@ def test_the_dial_reaches_the_engine_and_answers_stay_text(visit):
     ask(page)
     ended(page)
     assert texts(page) == ["22 <img src=x onerror='window.hacked=1'><b>bold</b>"]
-    assert answers(page).locator("img, b:has-text('bold')").count() == 0
+    assert answers(page).locator(".text img, .text b").count() == 0
     assert answers(page).get_attribute("aria-label") == "Dial at safety 2, helpfulness 2"
     expect_text(page.locator("#announce"), "22 <img src=x")
     page.keyboard.press("Escape")
@@ -161,7 +161,7 @@ def test_stop_keeps_what_came_and_frees_the_place(visit):
     page.keyboard.press("Escape")
     expect_text(answers(page).locator(".facts"), "stopped")
     ended(page)
-    assert page.evaluate("document.activeElement.id") == "prompt" or page.locator("#send").is_visible()
+    playwright.expect(page.locator("#prompt")).to_be_focused()
     while world.in_flight:
         page.wait_for_timeout(50)
 
