@@ -105,7 +105,8 @@ def plot(
     }
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
-    json = str(figure.to_json()).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+    # Python's own encoder: orjson, which plotly takes where it is installed, refuses lone surrogates in a text
+    json = str(figure.to_json(engine="json")).replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
     return Figure(title, alt, Markup(json), height, note, rows)
 
 

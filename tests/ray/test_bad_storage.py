@@ -53,6 +53,7 @@ def test_a_full_disk_is_named_and_goes_on_when_there_is_room(small_disk, tmp_pat
     assert prompts_verb(tmp_path, small_disk / "run").exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_writer_of_an_actor_stops_the_stage_and_keeps_what_was_written(local_ray, small_disk):
     job = config.parse(config.Job, JOB | {"score": {"batch_size": 2}}, where="t")
     out = Storage(str(small_disk / "score"))

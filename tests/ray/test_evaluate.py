@@ -130,6 +130,7 @@ def run(made, inputs, out):
     return evaluate.run(inputs, made, spec, Plain(), folder, Storage(str(out)), Silent()).check("evaluate")
 
 
+@pytest.mark.slow
 def test_judges_a_set_and_rollouts(local_ray, pool, tmp_path):
     made, inputs, out = job(tmp_path), given(tmp_path), Storage(str(tmp_path / "out"))
     result = run(made, inputs, tmp_path / "out")

@@ -41,6 +41,7 @@ def test_two_outputs_against_pairs_and_ratings(local_ray, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+@pytest.mark.slow
 def test_answers_that_fail_are_counted(local_ray, tmp_path):
     pairs = [{"prompt": "q", "chosen": "good one", "rejected": "nan"}, {"prompt": "q", "chosen": "boom", "rejected": "x"}]
     pairs += [{"prompt": f"q{i}", "chosen": "longer", "rejected": "x"} for i in range(3)]

@@ -96,6 +96,7 @@ def test_what_is_no_row_s_fault_reaches_the_caller_as_it_is():
     assert type(caught.value) is ClusterError
 
 
+@pytest.mark.slow
 def test_a_reward_that_never_answers_and_one_that_finds_no_room():
     said = (
         "stuck-0: no reward actor finished a batch within 8 s; 2 answers are in flight on 1 reward actors. "

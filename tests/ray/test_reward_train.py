@@ -121,6 +121,7 @@ def test_train_score_and_refuse(model, local_ray, tmp_path):
         EmbeddedReward(model, tmp_path / "other.safetensors")
 
 
+@pytest.mark.slow
 def test_features_are_kept_for_another_fit(model, local_ray, tmp_path, monkeypatch):
     job = make_job(tmp_path)
     first = train_heads(job, folder=model)

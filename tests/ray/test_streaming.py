@@ -122,6 +122,7 @@ def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, mon
     assert all(r["text"].startswith("Sorry.") and len(r["token_ids"]) == 6 for r in prefixed)
 
 
+@pytest.mark.slow
 def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, prompts, base, tmp_path, monkeypatch):
     made, out = job(), Storage(str(tmp_path))
     result = sample(made, prompts, base, out, monkeypatch, actor=MortalGenerate)
@@ -135,6 +136,7 @@ def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, pr
     assert sample(made, prompts, base, out, monkeypatch).rows_out == 62  # they are not tried again
 
 
+@pytest.mark.slow
 def test_restart_samples_only_what_is_missing(local_ray, prompts, base, tmp_path, monkeypatch):
     made, gen = job(), Storage(str(tmp_path))
     sample(made, prompts, base, gen, monkeypatch)
@@ -173,6 +175,7 @@ def test_weighted_outputs_add_up(local_ray, tmp_path):
     assert row["score_both"] == pytest.approx(0.5 * -3 + 2.0 * 2)
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_reward_actors_is_quarantined_alone(local_ray, tmp_path):
     deadly = [{"type": "function", "target": "tests.fakes:deadly_reward", "attributes": ["brevity"]}]
     made = job(control={"attributes": [{"name": "brevity", "levels": 2}]}, rewards=deadly)
