@@ -122,7 +122,10 @@ def engine_gpu_gib(job: config.Job, shape: Shape) -> float:
 
 
 def worker(job: config.Job, shape: Shape) -> Memory:
-    """A training worker of a job, on its GPU or its node; PPO without LoRA keeps a reference, and a critic where one learns."""
+    """A training worker of a job, on its GPU or its node.
+
+    PPO without LoRA keeps a reference, the base where it starts from another model, and a critic where one learns.
+    """
     held = learner(job.train, shape, job.model.dtype)
     ppo = next((o for o in job.train.objectives if isinstance(o, config.PPO)), None)
     if ppo is None:
@@ -131,8 +134,9 @@ def worker(job: config.Job, shape: Shape) -> Memory:
     if job.train.lora:  # the critic is a second adapter of the same network
         times = 2.0 if critic else 1.0
         return held._replace(gradients=held.gradients * times, optimizer=held.optimizer * times)
-    copies = shape.parameters * width(job.model.dtype, gpu=job.train.gpus_per_worker > 0) / _GIB * (2 if critic else 1)
-    return held._replace(weights=held.weights + copies, loading=held.loading * (3 if critic else 2))
+    copies = 1 + critic + (ppo.start != "base")
+    copied = shape.parameters * width(job.model.dtype, gpu=job.train.gpus_per_worker > 0) / _GIB * copies
+    return held._replace(weights=held.weights + copied, loading=held.loading * (1 + copies))
 
 
 def learner(train: config.Optimization, shape: Shape, dtype: str = "auto") -> Memory:

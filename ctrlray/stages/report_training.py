@@ -20,7 +20,7 @@ CURVES = {
     "lr": ("Learning rate", "of the adapters"),
     "reward": ("Reward", "level units; 0 is every requested level reached"),
     "kl": ("KL to the model it started from", "nats per response, same code"),
-    "kl_base": ("KL to that model without a code", "nats per response"),
+    "kl_base": ("KL to the base without a code", "nats per response"),
     "next_kl_coefficient": ("KL coefficient", "level units per nat"),
     "entropy": ("Entropy", "nats per token"),
     "length": ("Length of answers", "tokens"),

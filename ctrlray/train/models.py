@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,9 @@ from ctrlray.objectives.losses import Loss, clm, exmate, sequence_mean
 from ctrlray.train.attention import MULTIPLES, TreePath, choose_path, run_packed
 from ctrlray.train.batches import Batch, TreeRow, collate
 from ctrlray.train.logprobs import Head, target_logp
+
+CRITIC, ORIGIN = "critic", "origin"
+"""Adapters beside the policy's: the critic's own, and one that takes away what the model that PPO started from had learned."""
 
 
 class ControlRows(nn.Module):
@@ -171,7 +174,7 @@ def load_network(
 def add_lora(network: Any, lora: config.LoRA, name: str = "default") -> None:
     """Put LoRA adapters in float32 beside every linear layer but the output layer; they train, nothing else changes.
 
-    A second set, of another name, lies beside the first, which stays the active one.
+    Another set, of another name, lies beside the first, which stays the active one.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -185,7 +188,7 @@ def add_lora(network: Any, lora: config.LoRA, name: str = "default") -> None:
             module.cast_input_dtype_enabled = False  # autocast casts the small matrices; PEFT would keep a copy of every input
             module._active_adapter = ["default"]
     for parameter_name, parameter in network.named_parameters():
-        if "lora_" in parameter_name:
+        if "lora_" in parameter_name and f".{name}." in parameter_name:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
 
@@ -197,10 +200,31 @@ def _linear_names(network: Any) -> list[str]:
     head = network.get_output_embeddings()
     found = set()
     for name, module in network.named_modules():
-        if isinstance(module, nn.Linear | BaseTunerLayer) and module is not head:
-            *_, last = (p for p in name.split(".") if not p.startswith("lora_") and p not in ("base_layer", "default"))
-            found.add(last)
+        own = ".lora_" not in name
+        if own and isinstance(module, nn.Linear | BaseTunerLayer) and module is not head:
+            found.add(name.removesuffix(".base_layer").rsplit(".", 1)[-1])
     return sorted(found)
+
+
+def add_origin(network: Any, lora: config.LoRA, learned: Mapping[str, Tensor], card: Mapping[str, Any]) -> None:
+    """Put an adapter ORIGIN beside the others, never trained, that undoes an adapter merged into the network: W = W' - s B A.
+
+    Active alone, it makes the network the one that `learned` was trained on, but for control rows and the rounding of the merge;
+    it costs an adapter, not a second copy of the network.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    add_lora(network, lora.model_copy(update={"dropout": 0.0, "alpha": card["lora_scale"] * lora.rank}), ORIGIN)
+    for name, module in network.named_modules():
+        if isinstance(module, LoraLayer):
+            low, high = module.lora_A[ORIGIN].weight, module.lora_B[ORIGIN].weight
+            low.requires_grad_(False).copy_(learned[f"{name}.weight.lora_A"])
+            high.requires_grad_(False).copy_(-learned[f"{name}.weight.lora_B"])
+
+
+def beside(name: str) -> bool:
+    """Whether a parameter belongs to an adapter beside the policy's."""
+    return f".{CRITIC}." in name or f".{ORIGIN}." in name
 
 
 def parameter_groups(learner: Learner, settings: config.Train) -> list[dict[str, Any]]:
@@ -220,7 +244,7 @@ def trained_state(
     """What training changed, by checkpoint name, and the card that says how to merge it: see `ctrlray.adapter`."""
     state = {}
     for name, parameter in learner.network.named_parameters():
-        if not parameter.requires_grad or ".critic." in name:
+        if not parameter.requires_grad or beside(name):
             continue
         state[stored_name(name)] = parameter.detach().float().cpu().contiguous()
     return state, adapter_card(lora, control_ids)

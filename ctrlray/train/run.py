@@ -128,6 +128,8 @@ def _reinforce(
     renderer = base.renderer(ControlSpace.of(job.control))
     task = PPOTask(
         folder=folder,
+        base=base.folder,
+        learned=None if objective.start == "base" else out.sub(objective.start),
         control_ids=base.control_ids,
         space=ControlSpace.of(job.control),
         objective=objective,

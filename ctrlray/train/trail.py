@@ -6,6 +6,9 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from ctrlray import config
 from ctrlray.adapter import ADAPTER, ADAPTER_CARD
@@ -15,6 +18,13 @@ from ctrlray.train.engine import Trainer
 SNAPSHOT = "snapshot.safetensors"
 """Parameters and moments by name, as `Trainer.snapshot` gives them."""
 _RECENT_STEPS = 100
+
+
+def read_learned(out: Storage) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The adapter that a finished training left, and its card."""
+    from safetensors.torch import load
+
+    return load(out.read_bytes("adapter", ADAPTER)), out.read_json("adapter", ADAPTER_CARD)
 
 
 class Trail:

@@ -99,13 +99,16 @@ def test_weights_load_whole_before_they_are_sharded():
 
 
 def test_ppo_keeps_a_reference_and_a_critic_where_lora_does_not_share_the_network():
-    def held(lora, advantage):
-        raw = ["train.gpus_per_worker=1", f"train.lora={lora}", f"train.objectives=[{{type: ppo, advantage: {advantage}}}]"]
+    def held(lora, advantage, start="base"):
+        chain = f"[{{type: exmate}}, {{type: ppo, advantage: {advantage}, start: {start}}}]"
+        raw = ["train.gpus_per_worker=1", f"train.lora={lora}", f"train.objectives={chain}"]
         return memory.worker(config.load_job("quickstart", raw), SMALL)
 
     adapter = held("{rank: 16}", "rloo")
     assert held("{rank: 16}", "gae").optimizer == pytest.approx(2 * adapter.optimizer)  # the critic is a second adapter
     assert held("null", "rloo").weights == pytest.approx(4) and held("null", "gae").weights == pytest.approx(6)
+    assert held("null", "rloo", "exmate").weights == pytest.approx(6)  # the base that the start was trained from
+    assert held("{rank: 16}", "rloo", "exmate") == adapter
 
 
 def test_the_host_holds_the_weights_while_gpus_load_them():

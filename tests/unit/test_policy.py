@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ctrlray import config
+from ctrlray.adapter import ADAPTER, ADAPTER_CARD, merge
 from ctrlray.errors import ConfigError
 from ctrlray.train.batches import TrainExample, tree_rows
 from ctrlray.train.models import trained_state
-from ctrlray.train.ppo.policy import PolicyBatch, load_policy, policy_groups
+from ctrlray.train.ppo.policy import Origin, PolicyBatch, load_policy, policy_groups
 
 PROMPTS = ((1, 2, 3, 4, 30), (1, 2, 3, 4, 31), (5, 6, 7, 30))
 ANSWERS = ((8, 9, 10), (11,), (12, 13))
 CONTROL_IDS = (30, 31)
+PLAIN = tuple(p[:-1] for p in PROMPTS)
+"""The prompts without their codes."""
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +42,10 @@ def policy(folder, settings=None, **objective):
     return load_policy(folder, config.PPO(**objective), settings or config.Train(), CONTROL_IDS, "float32", "cpu")
 
 
-def tree(network, share=True):
+def tree(network, share=True, prompts=PROMPTS):
     examples = [
         (i, TrainExample((p,), (a,), 1.0, "x" if p[0] == 1 else "y"))
-        for i, (p, a) in enumerate(zip(PROMPTS, ANSWERS, strict=True))
+        for i, (p, a) in enumerate(zip(prompts, ANSWERS, strict=True))
     ]
     return network.collated(tree_rows(examples, wrong=False, share=share), 0)
 
@@ -59,13 +64,13 @@ def batch(network, *, empty=False, **given):
     return PolicyBatch(made, *(values[n] for n in PolicyBatch._fields[1:]))
 
 
-def usual(folder, temperature=1.0):
+def usual(folder, temperature=1.0, prompts=PROMPTS):
     """Log-probs of the answers by transformers alone, each in a sequence of its own, in the order of the tree's branches."""
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(folder).eval().requires_grad_(False)
     out = torch.zeros(3, 3)
-    for i, (prompt, answer) in enumerate(zip(PROMPTS, ANSWERS, strict=True)):
+    for i, (prompt, answer) in enumerate(zip(prompts, ANSWERS, strict=True)):
         logits = network(torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
         logits[:, list(CONTROL_IDS)] -= 100  # as engines do, so that no control token is sampled
         logits /= temperature
@@ -90,6 +95,32 @@ def test_the_reference_stays_what_training_started_from(folder, lora):
     after = network(tree(network), channels=("policy", "reference"))
     assert torch.allclose(after[1], before[1], atol=1e-6)
     assert not torch.allclose(after[0], before[0], atol=0.05)
+
+@pytest.mark.parametrize("lora", [config.LoRA(rank=2, alpha=3.0), None])
+@pytest.mark.parametrize("advantage", ["rloo", "gae"])
+def test_the_base_is_what_the_start_was_trained_from(folder, tmp_path, lora, advantage):
+    """PPO starts from a model that was trained before: the reference is that model, the base the one before it."""
+    settings = config.Train(lora=lora)
+    before = policy(folder, settings)
+    disturb(before, lambda name: not name.startswith("reference"))
+    state, card = trained_state(before, lora, CONTROL_IDS)
+    (tmp_path / "adapter").mkdir()
+    save_file(state, tmp_path / "adapter" / ADAPTER)
+    (tmp_path / "adapter" / ADAPTER_CARD).write_text(json.dumps(card))
+    start = str(tmp_path / "start")
+    merge(folder, str(tmp_path / "adapter"), start)
+
+    torch.manual_seed(1)
+    ppo = config.PPO(advantage=advantage, start="exmate")
+    network = load_policy(start, ppo, settings, CONTROL_IDS, "float32", "cpu", Origin(folder, state, card))
+    disturb(network, lambda name: not name.startswith(("reference", "base")))
+    found = network(tree(network, prompts=PLAIN), channels=("base",))[0]
+    assert torch.allclose(found, usual(folder, prompts=PLAIN), atol=1e-4)
+    assert torch.allclose(network(tree(network), channels=("reference",))[0], usual(start), atol=1e-5)
+    assert not torch.allclose(usual(start, prompts=PLAIN), usual(folder, prompts=PLAIN), atol=0.05)
+    learns = {n for n, p in network.named_parameters() if p.requires_grad}
+    assert not [n for n in learns if n.startswith("base") or ".origin." in n]
+    assert set(trained_state(network, lora, CONTROL_IDS)[0]) == set(state)
 
 
 def test_temperature_scales_log_probs_and_entropy(folder):

@@ -29,6 +29,10 @@ class PPOTask:
 
     folder: str
     """The model that PPO starts from."""
+    base: str
+    """The base that `learned` was trained from."""
+    learned: Storage | None
+    """What a training of the model that PPO starts from left; None where PPO starts from the base."""
     control_ids: tuple[int, ...]
     space: ControlSpace
     objective: config.PPO
@@ -59,15 +63,17 @@ class _Loop:
         import torch
 
         from ctrlray.train.engine import Trainer
-        from ctrlray.train.ppo.policy import load_policy, policy_groups
-        from ctrlray.train.trail import Trail
+        from ctrlray.train.ppo.policy import Origin, load_policy, policy_groups
+        from ctrlray.train.trail import Trail, read_learned
 
         self.task = task
         context = ray.train.get_context()
         self.rank, self.ranks = context.get_world_rank(), context.get_world_size()
         gpu = torch.cuda.is_available()
         device = "cuda" if gpu else "cpu"
-        self.policy = load_policy(task.folder, task.objective, task.settings, task.control_ids, task.dtype, device)
+        origin = Origin(task.base, *read_learned(task.learned)) if task.learned else None
+        model = (task.folder, task.objective, task.settings, task.control_ids, task.dtype, device)
+        self.policy = load_policy(*model, origin)
         masters = gpu and task.settings.lora is None and task.dtype == "bfloat16"
         self.trainer = Trainer(
             self.policy, policy_groups(self.policy, task.settings), task.settings, gpu=gpu, bf16_masters=masters
@@ -175,8 +181,8 @@ class _Loop:
         targets = b.targets(o, rollouts, scored, self.kl_coefficient)
         point = b.facts(o, self.task.space.names, rollouts, scored, targets)
         if measured:
-            bare = self._scored(rollouts.plain(), ("reference",))
-            point["kl_base"] = b.kl_mean(scored["policy"], bare["reference"], rollouts.mask)
+            bare = self._scored(rollouts.plain(), ("base",))
+            point["kl_base"] = b.kl_mean(scored["policy"], bare["base"], rollouts.mask)
         point["measure_s"] = time.perf_counter() - began
         learns = o.advantage != "gae" or step >= o.critic.warmup_steps
         rate = min(1.0, (step + 1) / max(1, round(s.warmup * o.steps)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,10 +18,16 @@ from ctrlray.objectives.ppo import entropy_bonus, kl_loss, policy_loss, value_lo
 from ctrlray.train.attention import TreePath, choose_path
 from ctrlray.train.batches import Batch
 from ctrlray.train.logprobs import Head, logp_and_entropy, target_logp
-from ctrlray.train.models import ControlRows, Reader, add_lora, at_answers, load_network, spread
+from ctrlray.train.models import CRITIC, ORIGIN, ControlRows, Reader, add_lora, add_origin, at_answers, load_network, spread
 
-CRITIC = "critic"
-"""Name of the critic's own adapter."""
+
+class Origin(NamedTuple):
+    """The base that PPO's own start was trained from."""
+
+    folder: str
+    learned: Mapping[str, Tensor]
+    """What that training changed, an adapter: see `ctrlray.adapter`."""
+    card: Mapping[str, Any]
 
 
 class PolicyBatch(NamedTuple):
@@ -41,8 +47,8 @@ class PolicyBatch(NamedTuple):
 class Policy(Reader):
     """What learns: a policy with its loss, the model it started from, and a critic where advantages need one.
 
-    With LoRA all three are one network: the reference leaves the adapters out, the critic has its own. Without, the reference
-    and the critic are networks of their own.
+    With LoRA all are one network: the reference leaves the adapters out, the critic has its own, and the base that the start
+    was trained from is the start with that training undone. Without, reference, critic and base are networks of their own.
     """
 
     def __init__(
@@ -56,12 +62,15 @@ class Policy(Reader):
         control_ids: Sequence[int] = (),
         reference: Any = None,
         critic: Any = None,
+        base: Any = None,
     ) -> None:
         super().__init__(network, compute, device, path)
         self._masked = (min(control_ids), max(control_ids) + 1) if control_ids else (0, 0)
         self.objective = objective
         self.reference = reference
         self.critic = critic
+        self.base = base
+        """None: the reference, with the adapter ORIGIN where there is one."""
         self.value_head = nn.Linear((critic or network).config.hidden_size, 1) if objective.advantage == "gae" else None
         self._role = "policy"
         if self.value_head is not None:
@@ -83,11 +92,12 @@ class Policy(Reader):
         if "policy" in wanted or "entropy" in wanted:
             logp, entropy, _ = self._policy(batch, entropy="entropy" in wanted)
             found |= {"policy": logp} | ({} if entropy is None else {"entropy": entropy})
-        if "reference" in wanted:
-            network = self.network if self.reference is None else self.reference
-            with self._acting("reference"), self.autocast():
+        frozen = {"reference": self.reference, "base": self.base or self.reference}
+        for role in frozen.keys() & set(wanted):
+            network = self.network if frozen[role] is None else frozen[role]
+            with self._acting(role), self.autocast():
                 there = at_answers(self.hidden(batch, network), batch)
-                found["reference"] = spread(target_logp(self._head(network), there, _targets(batch)), batch)
+                found[role] = spread(target_logp(self._head(network), there, _targets(batch)), batch)
         if "value" in wanted:
             found["value"] = self.values(batch)
         return found
@@ -143,7 +153,7 @@ class Policy(Reader):
 
     @contextlib.contextmanager
     def _acting(self, role: str) -> Iterator[None]:
-        """Let the one network act as policy, reference or critic."""
+        """Let the one network act as policy, reference, base or critic."""
         before, self._role = self._role, role
         try:
             self._switch()
@@ -155,10 +165,11 @@ class Policy(Reader):
     def _switch(self) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
+        adapter = {"policy": "default", "base": ORIGIN, CRITIC: CRITIC}.get(self._role)
         for layer in self.network.modules():
             if isinstance(layer, BaseTunerLayer):
-                layer._disable_adapters = self._role == "reference"
-                layer._active_adapter = [CRITIC if self._role == CRITIC else "default"]
+                layer._disable_adapters = adapter not in layer.lora_A
+                layer._active_adapter = ["default" if layer._disable_adapters else adapter]
         rows = self.network.get_input_embeddings()
         if isinstance(rows, ControlRows):
             rows.frozen = self._role != "policy"
@@ -173,20 +184,31 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def load_policy(
-    folder: str, objective: config.PPO, settings: config.Optimization, control_ids: Sequence[int], dtype: str, device: str
+    folder: str,
+    objective: config.PPO,
+    settings: config.Optimization,
+    control_ids: Sequence[int],
+    dtype: str,
+    device: str,
+    origin: Origin | None = None,
 ) -> Policy:
     """The model that PPO starts from, ready to train. Raises ConfigError when it or the critic's model does not fit."""
     network, path = load_network(folder, settings, control_ids, dtype, device)
-    reference = critic = None
+    reference = critic = base = None
     needs_critic = objective.advantage == "gae"
     if needs_critic and objective.critic.model:
         critic = _load_critic(objective.critic.model, network, settings, control_ids, dtype, device, path)
     if settings.lora is None:
         reference = copy.deepcopy(network).requires_grad_(False).eval()
         critic = critic or (copy.deepcopy(network) if needs_critic else None)
-    elif needs_critic and critic is None:
-        add_lora(network, settings.lora, CRITIC)
-    networks = {"reference": reference, "critic": critic}
+        base = load_network(origin.folder, settings, control_ids, dtype, device)[0] if origin else None
+        base = base.requires_grad_(False).eval() if base else None
+    else:
+        if needs_critic and critic is None:
+            add_lora(network, settings.lora, CRITIC)
+        if origin:
+            add_origin(network, settings.lora, origin.learned, origin.card)
+    networks = {"reference": reference, "critic": critic, "base": base}
     policy = Policy(network, objective, getattr(torch, dtype), device, path, control_ids=control_ids, **networks)
     if settings.activation_checkpointing:
         again = {"use_reentrant": False, "context_fn": policy.checkpoint_contexts}

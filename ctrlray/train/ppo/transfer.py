@@ -25,12 +25,12 @@ class Layers:
     """The tensors of a network's checkpoint, in the network's own order."""
 
     def __init__(self, network: nn.Module, card: Mapping[str, Any], *, sharded: bool) -> None:
-        from ctrlray.train.models import stored_name
+        from ctrlray.train.models import beside, stored_name
 
         self._card, self._sharded = card, sharded
         self._layers: dict[str, dict[str, nn.Parameter]] = {}
         for raw, parameter in network.named_parameters():
-            if ".critic." not in raw:
+            if not beside(raw):
                 name = stored_name(raw)
                 self._layers.setdefault(layer_of(name), {})[name] = parameter
 
