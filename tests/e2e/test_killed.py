@@ -200,7 +200,11 @@ BEGINNINGS = {
 }
 
 
-@pytest.mark.parametrize("stage", BEGINNINGS)
+OFTEN = ("generate", "train")
+"""Actors of Ray Data and of Ray Train; the others' stages are of the same kinds."""
+
+
+@pytest.mark.parametrize("stage", [s if s in OFTEN else pytest.param(s, marks=pytest.mark.soak) for s in BEGINNINGS])
 def test_ctrl_c_stops_a_running_stage(whole, tiny, tmp_path, stage):
     """The whole process group gets SIGINT, as from a terminal."""
     root, log = tmp_path / "run", tmp_path / "log.txt"
