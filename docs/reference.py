@@ -18,12 +18,13 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
+import ctrlray
 from ctrlray import config as jobs
 from ctrlray.cli import main
 from ctrlray.rewards.job import RewardEvaluateJob, RewardTrainJob
 from ctrlray.sweep.plan import Sweep
 
-PACKAGE = Path(jobs.__file__).parent
+PACKAGE = Path(ctrlray.__file__).parent
 Schema = Mapping[str, Any]
 _MOST = 60
 """Characters of a default that is shown in full; of a longer one its types and names."""
