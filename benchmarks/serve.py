@@ -47,7 +47,7 @@ KINDS = {
     "ProxyActor": "Serve's proxy",
     "ctrlray:Ingress": "ingress",
     "ctrlray:DialServer": "vLLM server",
-    "vllm serve": "vLLM server",
+    "openai.api_server": "vLLM server",
     "VLLM::APIServer": "vLLM server",
     "VLLM::EngineCore": "engine",
     "VLLM::Worker": "engine",
@@ -85,8 +85,11 @@ def our_command(spec: EngineSpec, port: int, scratch: Path) -> tuple[list[str], 
 
 
 def plain_command(spec: EngineSpec, port: int) -> list[str]:
-    """The command of vLLM's own server, with the arguments of our engine."""
-    command = [str(Path(sys.executable).parent / "vllm"), "serve", spec.model, "--served-model-name", "model"]
+    """The command of vLLM's own server, with the arguments of our engine.
+
+    The module that `vllm serve` runs: the script itself looks for a package named vllm, which the CPU build is not.
+    """
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", spec.model, "--served-model-name", "model"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
     for name, value in spec.arguments().items():
         flag = "--" + name.replace("_", "-")

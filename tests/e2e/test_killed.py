@@ -101,7 +101,8 @@ def whole(tiny, private_cache, tmp_path_factory):
     return pipeline.Run(config.load_job(job))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.soak) for s in range(1, 6))])
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(6))
 def test_killed_at_three_random_moments(whole, tiny, tmp_path, seed):
     rng, root = random.Random(seed), tmp_path / "run"
     job = write_job(tmp_path, tiny, root)

@@ -125,6 +125,7 @@ def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny:
     reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
     # many small blocks, so that there is time between the first and the last
     changes = {"rewards": [reward], "prompts.train": 40, "generate.batch_size": 4, "train.epochs": 1}
+    changes |= {"evaluate.methods": []}
     job = tmp_path / "job.yaml"
     job.write_text(yaml.safe_dump(tiny_job(tiny, root, changes)))
 
