@@ -9,6 +9,7 @@ import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
+import psutil
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 from ray.serve.llm.openai_api_models import CompletionRequest
@@ -16,10 +17,12 @@ from ray.serve.llm.openai_api_models import CompletionRequest
 from ctrlray.engine.engine import EngineSpec
 from ctrlray.serve.bypass import refuse_bypass
 from ctrlray.serve.catalog import Entry
-from ctrlray.serve.stream import coalesce
+from ctrlray.serve.stream import coalesce, pause_s
 
 _PREFIX = "data: "
 _DONE = "[DONE]"
+_ENGINE_NICE = 19
+"""Ray starts its workers at 15."""
 
 
 class DialServer(LLMServer):  # type: ignore[misc]
@@ -31,8 +34,10 @@ class DialServer(LLMServer):  # type: ignore[misc]
         refuse_bypass()  # by this node's own environment
         os.environ.update(spec.device_environment())  # of this node's cores; the engine's processes inherit it
         entry.local()
-        self._stream_interval_s = stream_interval_s
+        self._stream_interval_s, self._num_streams, self._num_cores = stream_interval_s, 0, len(os.sched_getaffinity(0))
         await super().__init__(llm_config)
+        if not spec.gpus:
+            _give_way()
 
     async def answer(self, order: dict[str, Any]) -> AsyncGenerator[list[str], None]:
         """JSON documents of vLLM's completion API for an order of `ctrlray.serve.translate`, in batches.
@@ -47,8 +52,15 @@ class DialServer(LLMServer):  # type: ignore[misc]
             async for document in documents:
                 yield [document]
             return
-        async for batch in coalesce(documents, self._stream_interval_s):
-            yield batch
+        self._num_streams += 1
+        try:
+            async for batch in coalesce(documents, self._pause_s):
+                yield batch
+        finally:
+            self._num_streams -= 1
+
+    def _pause_s(self) -> float:
+        return pause_s(self._stream_interval_s, self._num_streams, self._num_cores)
 
     async def _documents(self, request: CompletionRequest) -> AsyncIterator[str]:
         async for items in await self.completions(request):
@@ -58,3 +70,9 @@ class DialServer(LLMServer):  # type: ignore[misc]
                     document = event.removeprefix(_PREFIX).strip()
                     if document != _DONE:
                         yield document
+
+
+def _give_way() -> None:
+    """Let the engine's processes, which take all cores, give way to those that carry requests and tokens to and fro."""
+    for process in psutil.Process().children(recursive=True):
+        process.nice(_ENGINE_NICE)

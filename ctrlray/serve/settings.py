@@ -56,8 +56,8 @@ class Ingress(Frozen):
     max_body_bytes: Annotated[int, Field(ge=1024)] = 10_000_000
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """A request body that takes longer to arrive is given up."""
-    stream_interval_ms: Annotated[float, Field(ge=0)] = 25.0
-    """Tokens that come within this time after a message travel in one; the first is sent at once."""
+    stream_interval_ms: Annotated[float, Field(ge=0)] = 100.0
+    """Tokens that come within this time after a message travel in one; the first is sent at once. Many streams wait longer."""
 
 
 class Scorers(Frozen):

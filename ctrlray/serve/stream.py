@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+_PER_CORE = 30
 
 
-async def coalesce(items: AsyncIterator[T], interval_s: float) -> AsyncIterator[list[T]]:
-    """The first item at once, after it what has come, at most every `interval_s`, and the last without waiting.
+def pause_s(least_s: float, num_streams: int, num_cores: int) -> float:
+    """Time between a stream's messages: `least_s`, longer where many streams share few cores.
+
+    A message costs the same whatever it holds, some 3 ms of one core over all processes that it passes, so that a core's worth of
+    `_PER_CORE` messages a second leaves nine tenths of it to the engine.
+    """
+    return max(least_s, num_streams / (_PER_CORE * num_cores))
+
+
+async def coalesce(items: AsyncIterator[T], interval_s: Callable[[], float]) -> AsyncIterator[list[T]]:
+    """The first item at once, after it what has come, at most every `interval_s()`, and the last without waiting.
 
     Raises what `items` raises, after the items before it. When the consumer stops, `items` is cancelled.
     """
@@ -33,7 +43,7 @@ async def coalesce(items: AsyncIterator[T], interval_s: float) -> AsyncIterator[
             while not queue.empty():
                 batch.append(queue.get_nowait())
             yield batch
-            await asyncio.wait({reader}, timeout=interval_s)
+            await asyncio.wait({reader}, timeout=interval_s())
         reader.result()
     finally:
         reader.cancel()

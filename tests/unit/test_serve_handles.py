@@ -17,7 +17,7 @@ from ctrlray.serve.limits import Asked, Wait
 from ctrlray.serve.policy import Key, hashed
 from ctrlray.serve.refusal import Refusal
 from ctrlray.serve.rewards import RewardJudge
-from ctrlray.serve.stream import coalesce
+from ctrlray.serve.stream import coalesce, pause_s
 
 KEY = Key(name="web", hash=hashed("x"))
 ASKED = Asked("t", KEY, "m", 5)
@@ -193,8 +193,8 @@ def test_a_reward_that_is_not_there_is_503(problem):
 
 
 async def paced(*items):
-    for pause_s, item in items:
-        await asyncio.sleep(pause_s)
+    for pause, item in items:
+        await asyncio.sleep(pause)
         if isinstance(item, Exception):
             raise item
         yield item
@@ -204,7 +204,7 @@ def test_what_comes_fast_travels_together_and_the_first_does_not_wait():
     async def scenario():
         begun = asyncio.get_running_loop().time()
         batches, times = [], []
-        async for batch in coalesce(paced((0, 1), (0.01, 2), (0.01, 3), (0.3, 4)), 0.15):
+        async for batch in coalesce(paced((0, 1), (0.01, 2), (0.01, 3), (0.3, 4)), lambda: 0.15):
             batches.append(batch)
             times.append(asyncio.get_running_loop().time() - begun)
         return batches, times
@@ -213,11 +213,16 @@ def test_what_comes_fast_travels_together_and_the_first_does_not_wait():
     assert batches == [[1], [2, 3], [4]] and times[0] < 0.1 <= times[1]
 
 
+def test_many_streams_on_few_cores_send_less_often():
+    assert pause_s(0.1, 1, 2) == pause_s(0.1, 6, 2) == 0.1
+    assert pause_s(0.1, 12, 2) == 0.2 and pause_s(0.1, 12, 16) == 0.1
+
+
 def test_an_error_comes_after_what_was_before_it():
     async def scenario():
         seen = []
         with pytest.raises(KeyError):
-            async for batch in coalesce(paced((0, 1), (0, 2), (0, KeyError("x"))), 0.05):
+            async for batch in coalesce(paced((0, 1), (0, 2), (0, KeyError("x"))), lambda: 0.05):
                 seen += batch
         return seen
 
@@ -236,7 +241,7 @@ def test_a_consumer_that_stops_ends_the_producer():
             ended.append(True)
 
     async def scenario():
-        batches = coalesce(endless(), 0.05)
+        batches = coalesce(endless(), lambda: 0.05)
         await anext(batches)
         await batches.aclose()
 
