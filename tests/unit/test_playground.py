@@ -3,94 +3,31 @@
 from __future__ import annotations
 
 import re
-import shutil
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 
 from ctrlray.serve.policy import Bounds
+from tests.browser import CONTRAST, PHONE, expect
 from tests.fakes import FakeJudge
 from tests.ingress import World
 from tests.live import DialledEngine, listening
-from tests.unit.test_annotate_page import CONTRAST
+from tests.playground import achieved, answers, ask, ended, expect_text, opened, sign_in, slider, texts, view
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-PATIENCE_MS = 60_000  # a busy machine may freeze a browser for a while
-PHONE = {"width": 390, "height": 844}
 WEB = {"attributes": {"safety": Bounds(low=2, high=4)}}
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a world; in the end nothing was asked of another host, and nothing ran that is not the page's."""
-    opened, servers = [], []
-    playwright.expect.set_options(timeout=PATIENCE_MS)
+    """Opens the page of a world."""
+    with ExitStack() as stack:
 
-    def go(world, fragment="", key="ck-web", **context):
-        server = listening(world)
-        url = server.__enter__()
-        servers.append(server)
-        tab = browser.new_context(**context)
-        tab.set_default_timeout(PATIENCE_MS)
-        page = tab.new_page()
-        page.problems, page.url_asked, page.base = [], [], url
-        page.on("console", lambda m: page.problems.append(m.text) if "Failed to load resource" not in m.text else None)
-        page.on("pageerror", lambda e: page.problems.append(str(e)))
-        page.on("request", lambda r: page.url_asked.append(r.url))
-        page.goto(f"{url}/{fragment}")
-        opened.append(page)
-        if key:
-            sign_in(page, key)
-        return page
+        def go(world, fragment="", key="ck-web", **context):
+            url = stack.enter_context(listening(world))
+            return stack.enter_context(opened(browser, url, key, fragment, **context))
 
-    yield go
-    for page in opened:
-        assert page.problems == [] and page.evaluate("window.hacked") is None
-        assert all(u.startswith(page.base) for u in page.url_asked)
-        page.context.close()
-    for server in servers:
-        server.__exit__(None, None, None)
-
-
-def sign_in(page, key):
-    page.fill("#key", key)
-    page.press("#key", "Enter")
-
-
-def ask(page, text="Hi"):
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-
-
-def ended(page):
-    playwright.expect(page.locator("#send")).to_be_visible()
-
-
-def answers(page):
-    return page.locator("main section:visible .answer")
-
-
-def texts(page):
-    return answers(page).locator(".text").all_inner_texts()
-
-
-def slider(page, name, place=0):
-    return page.locator("main section:visible").get_by_role("slider", name=name).nth(place)
-
-
-def expect_text(locator, text):
-    playwright.expect(locator).to_contain_text(text)
+        yield go
 
 
 def test_the_dial_reaches_the_engine_and_answers_stay_text(visit):
@@ -119,7 +56,7 @@ def test_an_answer_is_given_again_at_a_turned_dial(visit):
     ask(page)
     ended(page)
     again = page.get_by_role("button", name="Answer again at this setting")
-    playwright.expect(again).to_be_hidden()
+    expect(again).to_be_hidden()
     slider(page, "safety").focus()
     page.keyboard.press("ArrowLeft")
     again.click()
@@ -131,20 +68,20 @@ def test_an_answer_is_given_again_at_a_turned_dial(visit):
 def test_two_settings_answer_the_same_prompt(visit):
     world = World(engine=DialledEngine(), judge=FakeJudge(), **WEB)
     page = visit(world)
-    page.get_by_role("tab", name="Compare").click()
+    view(page, "Compare")
     slider(page, "safety", 1).focus()
     page.keyboard.press("Home")
     ask(page)
     ended(page)
     assert [t[:2] for t in texts(page)] == ["42", "22"]
-    assert [g.split()[-1] for g in answers(page).locator(".got").all_inner_texts()] == ["4.0", "2.0", "2.0", "2.0"]
+    assert achieved(page) == ["4.0", "2.0", "2.0", "2.0"]
 
 
 def test_the_grid_holds_every_setting_once_and_waits_when_told(visit):
     engine = DialledEngine()
     engine.faults = [None, {"code": 503, "message": "gone"}]
     page = visit(World(engine=engine, concurrent=1, **WEB))
-    page.get_by_role("tab", name="Grid").click()
+    view(page, "Grid")
     page.get_by_label("Columns").select_option("helpfulness")
     ask(page)
     ended(page)
@@ -161,7 +98,7 @@ def test_stop_keeps_what_came_and_frees_the_place(visit):
     page.keyboard.press("Escape")
     expect_text(answers(page).locator(".facts"), "stopped")
     ended(page)
-    playwright.expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_focused()
     while world.in_flight:
         page.wait_for_timeout(50)
 
@@ -176,7 +113,7 @@ def test_a_dropped_stream_says_so_and_can_be_tried_again(visit):
     engine.breaks_after = None
     page.get_by_role("button", name="Try again").click()
     expect_text(answers(page).locator(".text"), "52 <b>bold</b> words")
-    playwright.expect(answers(page).locator(".problem")).to_be_hidden()
+    expect(answers(page).locator(".problem")).to_be_hidden()
 
 
 def test_refusals_name_the_bound_the_wait_and_the_next_step(visit):
@@ -192,7 +129,7 @@ def test_refusals_name_the_bound_the_wait_and_the_next_step(visit):
     world.policy = world.policy.model_copy(update={"keys": (web, world.policy.keys[1])})
     ask(page)
     expect_text(answers(page).nth(2).locator(".problem"), "control.safety=5 is outside of the bounds of your key: 1..3")
-    playwright.expect(slider(page, "safety")).to_have_attribute("max", "3")  # the new bounds are shown at once
+    expect(slider(page, "safety")).to_have_attribute("max", "3")  # the new bounds are shown at once
 
 
 def test_a_server_that_is_gone_is_said_to_be(visit):
@@ -207,9 +144,9 @@ def test_keys_are_asked_for_kept_in_the_tab_and_in_no_link(visit):
     page = visit(World(engine=DialledEngine(), **WEB), key="ck-wrong")
     expect_text(page.locator("#notice"), "The server does not know this key.")
     sign_in(page, "ck-web")
-    playwright.expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_focused()
     page.reload()
-    playwright.expect(page.locator("#prompt")).to_be_visible()
+    expect(page.locator("#prompt")).to_be_visible()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.fill("#prompt", "ck-what?")
     page.get_by_role("button", name="Copy link").click()
@@ -218,7 +155,7 @@ def test_keys_are_asked_for_kept_in_the_tab_and_in_no_link(visit):
     assert "ck-web" not in link and "prompt=ck-what" in link and "levels=safety:4,helpfulness:2" in link
     assert page.evaluate("Object.keys(localStorage).length") == 0 and page.context.cookies() == []
     page.get_by_role("button", name="Change key").click()
-    playwright.expect(page.locator("#key")).to_be_focused()
+    expect(page.locator("#key")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
 
 
@@ -229,7 +166,7 @@ def test_a_link_sets_the_page_and_what_the_key_does_not_allow_is_moved(visit):
     assert page.input_value("#prompt") == "Hello <b>" and answers(page).count() == 0  # a link asks nothing by itself
     found = page.locator("#view-compare input[type=range]").evaluate_all("all => all.map(s => s.value)")
     assert found == ["2", "3", "3", "2"]
-    playwright.expect(page).to_have_url(re.compile("levels=safety:2,helpfulness:3(?!.*evil)"))
+    expect(page).to_have_url(re.compile("levels=safety:2,helpfulness:3(?!.*evil)"))
 
 
 def test_keys_of_the_keyboard_are_enough(visit):
@@ -247,12 +184,12 @@ def test_keys_of_the_keyboard_are_enough(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_can_be_read(visit, scheme):
     page = visit(World(engine=DialledEngine(), judge=FakeJudge()), viewport=PHONE, color_scheme=scheme)
-    for view in ("Chat", "Compare", "Grid"):
-        page.get_by_role("tab", name=view).click()
+    for name in ("Chat", "Compare", "Grid"):
+        view(page, name)
         ask(page)
         ended(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], view
-        assert page.evaluate(CONTRAST) >= 4.5, view
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        assert page.evaluate(CONTRAST) >= 4.5, name
     sizes = page.locator("header button:visible, #ask button:visible").evaluate_all("all => all.map(e => e.offsetHeight)")
     assert min(sizes) >= 44
 
