@@ -226,7 +226,11 @@ class FakeEngine:
 
 
 class FakeJudge:
-    """Stands for the run's rewards: an answer achieves the levels that its first two characters say."""
+    """Stands for the run's rewards: an answer achieves the levels that its first characters say."""
+
+    def __init__(self, attributes: int = 2) -> None:
+        self.attributes = attributes
 
     async def units(self, turns: Any, texts: Sequence[str]) -> list[list[float]]:
-        return [[float(c) if c.isdigit() else float("nan") for c in text.ljust(2)[:2]] for text in texts]
+        heads = [text.ljust(self.attributes)[: self.attributes] for text in texts]
+        return [[float(c) if c.isdigit() else float("nan") for c in head] for head in heads]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 from starlette.testclient import TestClient
@@ -16,7 +17,8 @@ from ctrlray.serve.served import Served
 from tests.fakes import FakeEngine, dialled_tokenizer
 
 DIAL = Dial((Range("safety", 5, 1, 5, 5), Range("helpfulness", 3, 1, 3, 2)))
-TOKENIZER, PLAIN = dialled_tokenizer(DIAL), dialled_tokenizer(DIAL, coded=False)
+tokenizer_of = functools.cache(dialled_tokenizer)
+TOKENIZER = tokenizer_of(DIAL)
 CONTEXT = 400
 CHAT = "/v1/chat/completions"
 
@@ -30,17 +32,19 @@ class World:
         room=99,
         max_body_bytes=100_000,
         body_timeout_s=30.0,
-        tokenizer=TOKENIZER,
+        dial=DIAL,
+        tokenizer=None,
         context=CONTEXT,
         engine=None,
         **limits,
     ) -> None:
         self.engine = engine or FakeEngine()
         self.start_engine = FakeEngine(["11 dull", "53 good", "xx"])
-        prompts = Prompts(tokenizer, DIAL, True, context)
+        prompts = Prompts(tokenizer or tokenizer_of(dial), dial, True, context)
+        plain = Prompts(tokenizer_of(dial, coded=False), dial, False, CONTEXT)
         models = [
-            Served("tiny", DIAL, prompts, self.engine, False, "exmate"),
-            Served("tiny-start", DIAL, Prompts(PLAIN, DIAL, False, CONTEXT), self.start_engine, True, "start"),
+            Served("tiny", dial, prompts, self.engine, False, "exmate"),
+            Served("tiny-start", dial, plain, self.start_engine, True, "start"),
         ]
         own = Key.model_validate({"name": "web", "hash": hashed("ck-web")} | limits)
         admin = Key(name="admin", hash=hashed("ck-admin"), completions=True)

@@ -12,33 +12,40 @@ from typing import Any
 
 import uvicorn
 
+from ctrlray.serve.dial import Dial
+from ctrlray.serve.refusal import Refusal
 from tests.fakes import FakeEngine
-from tests.ingress import TOKENIZER, World
+from tests.ingress import DIAL, World, tokenizer_of
 
 
 class DialledEngine(FakeEngine):
     """A fake engine that says the levels which it was asked for, `52 ...`, and whatever follows, at a pace."""
 
-    def __init__(self, says: str = " <b>bold</b> words", pace_s: float = 0.0) -> None:
+    def __init__(self, says: str = " <b>bold</b> words", pace_s: float = 0.0, dial: Dial = DIAL) -> None:
         super().__init__()
         self.says = says
         self.pace_s = pace_s
-        self.faults: list[dict[str, Any]] = []
-        """Errors that the next orders end with."""
+        self.dial = dial
+        self.faults: list[dict[str, Any] | Refusal | None] = []
+        """What the next orders end with: an error of the engine, a Refusal as of a full queue, or, where None, an answer."""
 
     async def answer(self, order: dict[str, Any]) -> AsyncGenerator[list[str], None]:
-        code = TOKENIZER.decode(order["prompt"][0]).rpartition("assistant")[2]
+        code = tokenizer_of(self.dial).decode(order["prompt"][0]).rpartition("assistant")[2]
         self.texts = ["".join(re.findall(r":(\d)\|>", code)) + self.says]
-        self.error = self.faults.pop(0) if self.faults else None
+        fault = self.faults.pop(0) if self.faults else None
+        if isinstance(fault, Refusal):
+            raise fault
+        self.error = fault
         async for batch in super().answer(order):
             yield batch
             await asyncio.sleep(self.pace_s)
 
 
 @contextmanager
-def listening(world: World) -> Iterator[str]:
-    """The address of a world."""
-    server = uvicorn.Server(uvicorn.Config(world.app, host="127.0.0.1", port=0, log_config=None, timeout_graceful_shutdown=1))
+def listening(world: World, port: int = 0) -> Iterator[str]:
+    """The address of a world, at any free port if none is given."""
+    settings: dict[str, Any] = {"host": "127.0.0.1", "port": port, "log_config": None, "timeout_graceful_shutdown": 1}
+    server = uvicorn.Server(uvicorn.Config(world.app, **settings))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import socket
 import subprocess
+import sys
 import time
 
 import openai
@@ -13,17 +16,23 @@ import yaml
 
 from ctrlray.control import ControlSpace
 from ctrlray.serve.policy import mint
+from tests.browser import expect
 from tests.e2e.served import Server, make_run
+from tests.playground import achieved, answers, ended, opened, slider
+from tests.playground import ask as ask_on_the_page
+from tests.snippets import run_snippet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CHAT = "/v1/chat/completions"
 ADMIN, ADMIN_HASH = mint()
 WEB, WEB_HASH = mint()
+BRIEF, BRIEF_HASH = mint()
 
 
 def policy(**web):
     own = {"name": "web", "hash": WEB_HASH, "attributes": {"variety": {"low": 2}}} | web
-    return yaml.safe_dump({"keys": [{"name": "admin", "hash": ADMIN_HASH, "completions": True, "choices": 64}, own]})
+    admin = {"name": "admin", "hash": ADMIN_HASH, "completions": True, "choices": 64}
+    return yaml.safe_dump({"keys": [admin, own, {"name": "brief", "hash": BRIEF_HASH, "max_tokens": 20}]})
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +126,72 @@ def test_openai_client(server):
         openai.OpenAI(base_url=f"{server.url}/v1", api_key="ck-wrong").models.list()
 
 
-def test_curl(server):
-    command = ["curl", "-sS", "--max-time", "60", f"{server.url}{CHAT}", "-H", f"Authorization: Bearer {WEB}"]
-    command += ["-H", "Content-Type: application/json", "-H", "X-Control: brevity=2", "-d", json.dumps(ask(max_tokens=3))]
-    answer = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    assert answer["control"] == {"brevity": 2, "variety": 2}
+NAMES = {"quickstart": "tiny", 'safety": 5': 'brevity": 2', "safety": "brevity"}
+"""What stands in the page's snippets, and in its place here, where an attribute has two levels."""
+
+
+@pytest.mark.parametrize("name, level", [("openai", 2), ("openai-stream", 1), ("langchain", 2), ("curl", 2), ("curl-header", 2)])
+def test_snippets_of_the_page(server, admin, name, level):
+    asked_for = f'ctrlray_level_tokens_total{{attribute="brevity",level="{level}",model="tiny"}}'
+    all_spent = 'ctrlray_tokens_total{key="brief",kind="completion",model="tiny"}'
+    before = metric(admin, asked_for), metric(admin, all_spent)
+    said = run_snippet(name, server.url, BRIEF, NAMES)
+    spent = metric(admin, all_spent) - before[1]
+    assert 0 < spent <= 20 and metric(admin, asked_for) - before[0] == spent
+    if name == "openai":
+        assert said.endswith("\n{'brevity': 2, 'variety': 2}\n")
+    if name.startswith("curl"):
+        answer = json.loads(said)
+        assert answer["control"] == {"brevity": 2, "variety": 2} and answer["usage"]["completion_tokens"] == spent
+
+
+def test_snippet_of_what_may_be_set(server):
+    described = json.loads(run_snippet("control", server.url, WEB, NAMES))["data"][0]
+    assert [(a["name"], a["low"], a["high"]) for a in described["attributes"]] == [("brevity", 1, 2), ("variety", 2, 2)]
+
+
+WATCH = """() => {
+  window.grown = [];
+  const watch = () => {
+    const text = document.querySelector("#view-chat .answer .text");
+    if (text?.textContent) window.grown.push([...text.textContent].length);
+  };
+  new MutationObserver(watch).observe(document.querySelector("#view-chat"), { childList: true, subtree: true });
+}"""
+"""Keeps how long the answer was each time that it grew."""
+
+
+def test_the_playground_streams_and_scores(server, browser, admin):
+    with opened(browser, server.url, WEB) as page:
+        slider(page, "brevity").focus()
+        page.keyboard.press("End")
+        expect(slider(page, "variety")).to_be_disabled()  # the key allows one level
+        page.locator("#more summary").click()
+        page.fill("#max-tokens", "200")
+        page.fill("#temperature", "0")
+        page.evaluate(WATCH)
+        ask_on_the_page(page, "Hello")
+        ended(page)
+        assert answers(page).get_attribute("aria-label") == "Dial at brevity 2, variety 2"
+        expect(answers(page).locator(".facts")).to_contain_text("200 tokens")
+        said, grown = answers(page).locator(".text").text_content(), page.evaluate("window.grown")
+        assert grown == sorted(grown) and len(set(grown)) > 3 and grown[-1] == len(said)
+        shown = [float(text) for text in achieved(page)]
+    whole = admin.post(CHAT, json=ask("Hello", control={"brevity": 2}, max_tokens=200)).json()["choices"][0]["message"]["content"]
+    assert said == whole
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "answer": said}
+    scored = admin.post("/v1/control/scores", json=body).json()["achieved"]
+    assert shown == pytest.approx([scored["brevity"], scored["variety"]], abs=0.051)
+
+
+def test_chat_in_a_terminal(server, admin):
+    command = [sys.executable, "-m", "ctrlray", "chat", server.url, "--temperature", "0", "--max-tokens", "20"]
+    environment = os.environ | {"CTRLRAY_API_KEY": WEB}
+    done = subprocess.run(command, input="/brevity 2\nHello\n", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    whole = admin.post(CHAT, json=ask("Hello", control={"brevity": 2}, max_tokens=20)).json()["choices"][0]["message"]["content"]
+    dial, _, said = done.stdout.partition("\n")
+    assert dial == "brevity 2, variety 2" and re.sub(r"[^ -~]", "�", said) == re.sub(r"[^ -~]", "�", f"{whole}\n")
 
 
 def test_json_mode(admin):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 from click.testing import CliRunner
@@ -11,14 +10,10 @@ from click.testing import CliRunner
 from ctrlray.annotate import answers, study
 from ctrlray.cli import main
 from ctrlray.tables import Storage
+from tests.browser import CONTRAST, PHONE, expect, fresh_page
 from tests.studies import NAMES, run_with_grid
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-PHONE = {"width": 390, "height": 844}
 URL = "http://study.test/study.html"
-PATIENCE_MS = 60_000  # a busy machine may freeze a browser for a while
 
 
 @pytest.fixture(scope="module")
@@ -29,35 +24,17 @@ def folder(tmp_path_factory):
     return root / "study"
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
-
-
 @pytest.fixture
 def page(browser, folder):
-    """The study's page in a fresh profile; what it reports and what it asks of the network is kept on it.
+    """The study's page.
 
     It has a web address, since two loads of a `file:` do not always get the same storage from Chromium.
     """
-    context = browser.new_context(accept_downloads=True)
-    context.set_default_timeout(PATIENCE_MS)
-    playwright.expect.set_options(timeout=PATIENCE_MS)
-    opened = context.new_page()
-    opened.problems, opened.asked = [], []
-    opened.on("console", lambda m: opened.problems.append(m.text) if m.type in ("error", "warning") else None)
-    opened.on("pageerror", lambda e: opened.problems.append(str(e)))
-    opened.on("request", lambda r: opened.asked.append(r.url))
-    context.route(URL, lambda r: r.fulfill(path=folder / "for_raters" / "study.html"))
-    opened.goto(URL)
-    yield opened
-    assert opened.problems == [] and opened.evaluate("window.hacked") is None
-    assert all(u == URL or u.startswith(("file:", "blob:")) for u in opened.asked)
-    context.close()
+    with fresh_page(browser, accept_downloads=True) as opened:
+        opened.context.route(URL, lambda r: r.fulfill(path=folder / "for_raters" / "study.html"))
+        opened.goto(URL)
+        yield opened
+        assert all(u == URL or u.startswith(("file:", "blob:")) for u in opened.asked)
 
 
 def start(page, name):
@@ -165,7 +142,7 @@ def test_two_windows_of_one_rater_show_the_same(page):
     for number, (mine, theirs) in enumerate(((other, page), (page, other)), 1):  # the second keeps what the first chose
         rate(mine, "B", "helpfulness")
         rate(mine, "Tie", "safety")
-        playwright.expect(theirs.locator("#status")).to_have_text(f"ann: {number} of 6 pairs done")
+        expect(theirs.locator("#status")).to_have_text(f"ann: {number} of 6 pairs done")
         page.click("#next")
 
 
@@ -179,13 +156,13 @@ def test_a_file_of_ones_own_is_taken_up_and_others_are_refused(page, tmp_path):
     kept["answers"]["qelsewhere"] = {"safety": "A"}
     (tmp_path / "more.json").write_text(json.dumps(kept))
     page.set_input_files("#file", tmp_path / "more.json")
-    playwright.expect(page.locator("#done")).to_have_js_property("value", 1)
+    expect(page.locator("#done")).to_have_js_property("value", 1)
     saved(page, "#json", tmp_path / "now.json")  # what was chosen here stays
     assert json.loads((tmp_path / "now.json").read_text())["answers"] == {item: {"helpfulness": "A", "safety": "tie"}}
     for name, content in (("other.json", json.dumps(kept | {"study": "x"})), ("broken.json", "{")):
         (tmp_path / name).write_text(content)
         page.set_input_files("#file", tmp_path / name)
-        playwright.expect(page.locator("#notice")).to_have_text(f"{name} is no json file of this study.")
+        expect(page.locator("#notice")).to_have_text(f"{name} is no json file of this study.")
 
 
 def test_it_says_so_when_the_browser_keeps_nothing(page):
@@ -217,24 +194,3 @@ def test_labels_and_headings_are_there_for_screen_readers(page):
         assert page.locator("article:visible").get_by_role("radio", name=name, exact=True).count() == len(NAMES)
     assert page.locator("article:visible").get_by_role("heading", name="Answer A", exact=True).count() == 1
     assert page.locator("#status").get_attribute("role") == "status"
-
-
-CONTRAST = """() => {
-  const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
-  const light = (c) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => sum + w * channel(c[i]), 0);
-  const colour = (text) => text.match(/[\\d.]+/g).map(Number);
-  const behind = (e) => {
-    for (; e; e = e.parentElement) {
-      const c = colour(getComputedStyle(e).backgroundColor);
-      if (c.length < 4 || c[3] > 0) return c;
-    }
-    return [255, 255, 255];
-  };
-  const ratio = (e) => {
-    const [x, y] = [light(colour(getComputedStyle(e).color)), light(behind(e))].sort((p, q) => q - p);
-    return (x + 0.05) / (y + 0.05);
-  };
-  const shown = [...document.querySelectorAll("p, h1, h2, h3, li, dt, dd, .text, legend, span, button, summary, kbd")];
-  return Math.min(...shown.filter((e) => e.offsetParent && !e.disabled).map(ratio));
-}"""
-"""The least contrast of any text that is shown, by WCAG 2 (relative luminance)."""

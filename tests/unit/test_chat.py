@@ -9,8 +9,11 @@ import subprocess
 import sys
 import time
 
+import httpx
 import pytest
+from click.testing import CliRunner
 
+from ctrlray.cli import main
 from ctrlray.errors import CtrlRayError
 from ctrlray.serve.chat import Chat
 from ctrlray.serve.client import Client
@@ -105,6 +108,34 @@ def test_from_a_pipe(url):
     assert done.returncode == 0 and done.stdout == "22 �[2Jok\nsafety 2, helpfulness 3\n23 �[2Jok\n"
     failed = subprocess.run(command(url), input="/safety 9\nHi\n", capture_output=True, text=True)
     assert failed.returncode == 2 and "from 2 to 4" in failed.stderr and failed.stdout == ""
+
+
+class FakeLaunch:
+    """Stands for `ctrlray.serve.launch`: what it starts is a world."""
+
+    def __init__(self, world):
+        self.world, self.asked, self.serving = world, [], None
+
+    def run(self, settings, host, port, cluster):
+        self.asked.append(([m.model for m in settings.models], host, cluster.address))
+        self.url = f"http://{host}:{port}"
+        self.serving = listening(self.world, port)
+        self.serving.__enter__()
+        return "ck-web"
+
+    def stop(self):
+        self.serving.__exit__(None, None, None)
+
+
+@pytest.mark.parametrize("line, status, said", [("Hi", 0, "22 �[2Jok\n"), ("/safety 9", 2, "from 2 to 4")])
+def test_a_run_or_a_folder_has_a_server_of_its_own_until_the_end(world, monkeypatch, line, status, said):
+    launch = FakeLaunch(world)
+    monkeypatch.setattr("ctrlray.serve.launch", launch, raising=False)
+    done = CliRunner().invoke(main, ["chat", "a/run", "--key", "ck-of-another", "--level", "safety=2"], input=f"{line}\n")
+    assert done.exit_code == status and said in done.output and "starting; an engine takes" in done.stderr
+    assert launch.asked == [(["a/run"], "127.0.0.1", None)]
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{launch.url}/healthz")
 
 
 def test_ctrl_c_in_a_terminal_stops_the_answer_and_not_the_chat(url, world, tmp_path):

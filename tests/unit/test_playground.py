@@ -2,95 +2,62 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
-import shutil
+import threading
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 
+from ctrlray.serve.dial import Dial, Range
 from ctrlray.serve.policy import Bounds
-from tests.fakes import FakeJudge
-from tests.ingress import World
+from ctrlray.serve.refusal import Refusal
+from tests.browser import CONTRAST, PHONE, expect
+from tests.fakes import FakeEngine, FakeJudge
+from tests.ingress import CHAT, DIAL, World, prompt_of
 from tests.live import DialledEngine, listening
-from tests.unit.test_annotate_page import CONTRAST
+from tests.playground import achieved, answers, ask, ended, expect_text, opened, sign_in, slider, texts, view
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (pip install playwright)")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium (apt-get install chromium)")
-PATIENCE_MS = 60_000  # a busy machine may freeze a browser for a while
-PHONE = {"width": 390, "height": 844}
 WEB = {"attributes": {"safety": Bounds(low=2, high=4)}}
+BREVITY, SAFETY, HELPFULNESS = Range("brevity", 4, 1, 4, 3), Range("safety", 3, 1, 3, 2), Range("helpfulness", 2, 1, 2, 2)
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright.sync_playwright() as driver:
-        flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-        started = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        yield started
-        started.close()
+def world_of(*ranges, **settings):
+    """A world whose models have these attributes."""
+    dial = Dial(ranges)
+    return World(engine=DialledEngine(dial=dial), dial=dial, judge=FakeJudge(len(ranges)), **settings)
+
+
+class Cutting:
+    """An application that ends a connection without a word: after so many messages of an answer, once `now` is set."""
+
+    def __init__(self, app):
+        self.app, self.after, self.now = app, None, threading.Event()
+
+    async def __call__(self, scope, receive, send):
+        sent = 0
+
+        async def passed_on(message):
+            nonlocal sent
+            if scope.get("path") == CHAT and self.after is not None and (sent := sent + 1) > self.after:
+                await asyncio.to_thread(self.now.wait)
+                raise ConnectionError("cut on purpose")
+            await send(message)
+
+        await self.app(scope, receive, passed_on)
 
 
 @pytest.fixture
 def visit(browser):
-    """Opens the page of a world; in the end nothing was asked of another host, and nothing ran that is not the page's."""
-    opened, servers = [], []
-    playwright.expect.set_options(timeout=PATIENCE_MS)
+    """Opens the page of a world."""
+    with ExitStack() as stack:
 
-    def go(world, fragment="", key="ck-web", **context):
-        server = listening(world)
-        url = server.__enter__()
-        servers.append(server)
-        tab = browser.new_context(**context)
-        tab.set_default_timeout(PATIENCE_MS)
-        page = tab.new_page()
-        page.problems, page.url_asked, page.base = [], [], url
-        page.on("console", lambda m: page.problems.append(m.text) if "Failed to load resource" not in m.text else None)
-        page.on("pageerror", lambda e: page.problems.append(str(e)))
-        page.on("request", lambda r: page.url_asked.append(r.url))
-        page.goto(f"{url}/{fragment}")
-        opened.append(page)
-        if key:
-            sign_in(page, key)
-        return page
+        def go(world, fragment="", key="ck-web", **context):
+            url = stack.enter_context(listening(world))
+            return stack.enter_context(opened(browser, url, key, fragment, **context))
 
-    yield go
-    for page in opened:
-        assert page.problems == [] and page.evaluate("window.hacked") is None
-        assert all(u.startswith(page.base) for u in page.url_asked)
-        page.context.close()
-    for server in servers:
-        server.__exit__(None, None, None)
-
-
-def sign_in(page, key):
-    page.fill("#key", key)
-    page.press("#key", "Enter")
-
-
-def ask(page, text="Hi"):
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-
-
-def ended(page):
-    playwright.expect(page.locator("#send")).to_be_visible()
-
-
-def answers(page):
-    return page.locator("main section:visible .answer")
-
-
-def texts(page):
-    return answers(page).locator(".text").all_inner_texts()
-
-
-def slider(page, name, place=0):
-    return page.locator("main section:visible").get_by_role("slider", name=name).nth(place)
-
-
-def expect_text(locator, text):
-    playwright.expect(locator).to_contain_text(text)
+        yield go
 
 
 def test_the_dial_reaches_the_engine_and_answers_stay_text(visit):
@@ -119,10 +86,11 @@ def test_an_answer_is_given_again_at_a_turned_dial(visit):
     ask(page)
     ended(page)
     again = page.get_by_role("button", name="Answer again at this setting")
-    playwright.expect(again).to_be_hidden()
+    expect(again).to_be_hidden()
     slider(page, "safety").focus()
     page.keyboard.press("ArrowLeft")
     again.click()
+    expect(answers(page)).to_be_focused()  # the button is gone
     expect_text(answers(page).locator(".text"), "32")
     ended(page)
     assert answers(page).count() == 1
@@ -131,26 +99,125 @@ def test_an_answer_is_given_again_at_a_turned_dial(visit):
 def test_two_settings_answer_the_same_prompt(visit):
     world = World(engine=DialledEngine(), judge=FakeJudge(), **WEB)
     page = visit(world)
-    page.get_by_role("tab", name="Compare").click()
+    view(page, "Compare")
     slider(page, "safety", 1).focus()
     page.keyboard.press("Home")
     ask(page)
     ended(page)
     assert [t[:2] for t in texts(page)] == ["42", "22"]
-    assert [g.split()[-1] for g in answers(page).locator(".got").all_inner_texts()] == ["4.0", "2.0", "2.0", "2.0"]
+    assert achieved(page) == ["4.0", "2.0", "2.0", "2.0"]
 
 
 def test_the_grid_holds_every_setting_once_and_waits_when_told(visit):
     engine = DialledEngine()
     engine.faults = [None, {"code": 503, "message": "gone"}]
     page = visit(World(engine=engine, concurrent=1, **WEB))
-    page.get_by_role("tab", name="Grid").click()
+    view(page, "Grid")
     page.get_by_label("Columns").select_option("helpfulness")
     ask(page)
     ended(page)
     assert [t[:2] for t in texts(page)] == [f"{s}{h}" for s in (2, 3, 4) for h in (1, 2, 3)]
     assert page.locator(".cells thead th").all_inner_texts() == [f"helpfulness {h}" for h in (1, 2, 3)]
     expect_text(page.locator("#announce"), "9 of 9 answers are there.")
+
+
+def test_the_grid_waits_as_long_as_a_full_queue_asks_and_goes_on(visit):
+    world = World(engine=DialledEngine(), **WEB)
+    full = [Refusal(429, "the queue is full", code="queue_full", retry_after_s=s) for s in (1, 2)]
+    world.engine.faults = [None, *full]
+    page = visit(world)
+    view(page, "Grid")
+    asked = []
+    page.on("response", lambda r: asked.append((r.status, r.request)) if r.url.endswith(CHAT) else None)
+    ask(page)
+    expect(answers(page).locator(".facts", has_text="the server asks to wait 2 s")).to_have_count(1)
+    ended(page)
+    assert sorted(t[:2] for t in texts(page)) == sorted(f"{s}{h}" for s in (2, 3, 4) for h in (1, 2, 3))
+    expect_text(page.locator("#announce"), "9 of 9 answers are there.")
+    assert sorted(status for status, _ in asked) == [200] * 9 + [429] * 2
+    for refused, wait_s in zip([r for status, r in asked if status == 429], (1, 2), strict=True):
+        (again,) = [r for status, r in asked if status == 200 and r.post_data == refused.post_data]
+        assert again.timing["startTime"] - refused.timing["startTime"] >= 1000 * wait_s
+
+
+def test_a_model_of_one_attribute(visit):
+    page = visit(world_of(BREVITY))
+    for name, shown in (("Chat", ["3"]), ("Compare", ["3", "3"]), ("Grid", ["1", "2", "3", "4"])):
+        view(page, name)
+        ask(page)
+        ended(page)
+        assert [t.split()[0] for t in texts(page)] == shown and achieved(page) == [f"{level}.0" for level in shown]
+    assert page.locator("#view-grid select").count() == 0  # nothing to choose axes from
+    assert page.locator(".cells th").all_inner_texts() == [f"brevity {level}" for level in (1, 2, 3, 4)]
+
+
+def test_a_model_of_three_attributes(visit):
+    page = visit(world_of(SAFETY, HELPFULNESS, BREVITY), viewport=PHONE)
+    slider(page, "brevity").focus()
+    page.keyboard.press("End")
+    ask(page)
+    ended(page)
+    assert texts(page)[0].startswith("224") and achieved(page) == ["2.0", "2.0", "4.0"]
+    view(page, "Grid")
+    assert page.locator("#view-grid input[type=range]").count() == 1  # the attribute that is no axis
+    ask(page)
+    ended(page)
+    assert [t[:3] for t in texts(page)] == [f"{s}{h}4" for h in (1, 2) for s in (1, 2, 3)]
+    page.get_by_label("Rows").select_option("brevity")
+    slider(page, "helpfulness").focus()
+    page.keyboard.press("Home")
+    ask(page)
+    ended(page)
+    assert [t[:3] for t in texts(page)] == [f"{s}1{b}" for b in (1, 2, 3, 4) for s in (1, 2, 3)]
+    assert achieved(page)[:3] == ["1.0", "1.0", "1.0"] and achieved(page)[-3:] == ["3.0", "1.0", "4.0"]
+
+
+def test_the_best_of_several_answers_comes_with_its_scores(visit):
+    engine = FakeEngine(["11 dull", "32 near", "xx"])
+    page = visit(World(engine=engine, judge=FakeJudge(), **WEB))
+    page.get_by_text("Settings").click()
+    page.get_by_label("Strategy").select_option("rerank")
+    ask(page)
+    ended(page)
+    assert texts(page) == ["32 near"] and achieved(page) == ["3.0", "2.0"]
+    assert engine.orders[0]["n"] == 8 and not any(u.endswith("/scores") for u in page.asked)  # nothing is scored twice
+    dots = answers(page).locator(".dot").evaluate_all("all => all.map(d => d.getAttribute('cx'))")
+    assert [float(d) for d in dots] == [50, 50]  # level 3 of 5, and 2 of 3
+    engine.texts = ["xx"]  # of which no reward makes anything
+    page.locator("#more summary").click()
+    ask(page)
+    ended(page)
+    assert achieved(page)[2:] == ["score", "score"]  # "no score"
+
+
+def test_a_conversation_goes_on_with_another_model(visit):
+    world = World(engine=DialledEngine(), judge=FakeJudge(), **WEB)
+    page = visit(world)
+    ask(page)
+    ended(page)
+    page.locator("#model").select_option("tiny-start")
+    page.get_by_role("button", name="Answer again at this setting").click()
+    ended(page)
+    assert texts(page) == ["53 good"] and achieved(page) == ["5.0", "3.0"]
+
+
+def test_a_model_that_was_taken_from_the_key_is_no_longer_offered(visit):
+    world = World(engine=DialledEngine(), judge=FakeJudge(), **WEB)
+    page = visit(world)
+    web = world.policy.keys[0].model_copy(update={"models": ("tiny-start",)})
+    world.policy = world.policy.model_copy(update={"keys": (web, world.policy.keys[1])})
+    ask(page)
+    expect_text(page.locator("#notice"), "The model tiny is not among those of your key; tiny-start is.")
+    expect_text(answers(page).locator(".problem"), "no model 'tiny' for this key")
+    page.get_by_role("button", name="Try again").click()
+    ended(page)
+    assert texts(page) == ["53 good"]
+    world.policy = world.policy.model_copy(update={"keys": (web.model_copy(update={"models": ("tiny",)}), world.policy.keys[1])})
+    view(page, "Grid")
+    ask(page)
+    expect_text(page.locator("#notice"), "The model tiny-start is not among those of your key; tiny is.")
+    ended(page)
+    expect(answers(page).locator(".facts", has_text="not asked")).to_have_count(5)  # of 9, of which 4 are asked at once
 
 
 def test_stop_keeps_what_came_and_frees_the_place(visit):
@@ -161,7 +228,7 @@ def test_stop_keeps_what_came_and_frees_the_place(visit):
     page.keyboard.press("Escape")
     expect_text(answers(page).locator(".facts"), "stopped")
     ended(page)
-    playwright.expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_focused()
     while world.in_flight:
         page.wait_for_timeout(50)
 
@@ -176,7 +243,33 @@ def test_a_dropped_stream_says_so_and_can_be_tried_again(visit):
     engine.breaks_after = None
     page.get_by_role("button", name="Try again").click()
     expect_text(answers(page).locator(".text"), "52 <b>bold</b> words")
-    playwright.expect(answers(page).locator(".problem")).to_be_hidden()
+    expect(answers(page).locator(".problem")).to_be_hidden()
+
+
+@pytest.mark.parametrize("after, kept", [(1, ""), (6, "52 <b")])
+def test_a_connection_that_is_cut_says_so_and_the_conversation_goes_on(visit, after, kept):
+    world = World(engine=DialledEngine())
+    cutting = world.app = Cutting(world.app)
+    page = visit(world)
+    ask(page, "First")
+    ended(page)
+    cutting.after = after
+    ask(page, "Second")
+    expect(answers(page).nth(1).locator(".text")).to_have_text(kept)
+    cutting.now.set()
+    expect_text(answers(page).nth(1).locator(".problem"), "The answer broke off. The connection ended before the answer did.")
+    ended(page)
+    assert texts(page)[1] == kept
+    expect_text(page.locator("#announce"), "broke off")
+    cutting.after = None
+    ask(page, "Third")
+    ended(page)
+    sent = prompt_of(world.engine)
+    assert "First" in sent and "Second" not in sent and texts(page)[2] == "52 <b>bold</b> words"
+    page.get_by_role("button", name="Try again").click()
+    ended(page)
+    assert texts(page)[1] == "52 <b>bold</b> words" and "Third" not in prompt_of(world.engine)
+    assert world.in_flight == 0
 
 
 def test_refusals_name_the_bound_the_wait_and_the_next_step(visit):
@@ -192,7 +285,7 @@ def test_refusals_name_the_bound_the_wait_and_the_next_step(visit):
     world.policy = world.policy.model_copy(update={"keys": (web, world.policy.keys[1])})
     ask(page)
     expect_text(answers(page).nth(2).locator(".problem"), "control.safety=5 is outside of the bounds of your key: 1..3")
-    playwright.expect(slider(page, "safety")).to_have_attribute("max", "3")  # the new bounds are shown at once
+    expect(slider(page, "safety")).to_have_attribute("max", "3")  # the new bounds are shown at once
 
 
 def test_a_server_that_is_gone_is_said_to_be(visit):
@@ -207,9 +300,9 @@ def test_keys_are_asked_for_kept_in_the_tab_and_in_no_link(visit):
     page = visit(World(engine=DialledEngine(), **WEB), key="ck-wrong")
     expect_text(page.locator("#notice"), "The server does not know this key.")
     sign_in(page, "ck-web")
-    playwright.expect(page.locator("#prompt")).to_be_focused()
+    expect(page.locator("#prompt")).to_be_focused()
     page.reload()
-    playwright.expect(page.locator("#prompt")).to_be_visible()
+    expect(page.locator("#prompt")).to_be_visible()
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.fill("#prompt", "ck-what?")
     page.get_by_role("button", name="Copy link").click()
@@ -218,7 +311,7 @@ def test_keys_are_asked_for_kept_in_the_tab_and_in_no_link(visit):
     assert "ck-web" not in link and "prompt=ck-what" in link and "levels=safety:4,helpfulness:2" in link
     assert page.evaluate("Object.keys(localStorage).length") == 0 and page.context.cookies() == []
     page.get_by_role("button", name="Change key").click()
-    playwright.expect(page.locator("#key")).to_be_focused()
+    expect(page.locator("#key")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
 
 
@@ -229,7 +322,7 @@ def test_a_link_sets_the_page_and_what_the_key_does_not_allow_is_moved(visit):
     assert page.input_value("#prompt") == "Hello <b>" and answers(page).count() == 0  # a link asks nothing by itself
     found = page.locator("#view-compare input[type=range]").evaluate_all("all => all.map(s => s.value)")
     assert found == ["2", "3", "3", "2"]
-    playwright.expect(page).to_have_url(re.compile("levels=safety:2,helpfulness:3(?!.*evil)"))
+    expect(page).to_have_url(re.compile("levels=safety:2,helpfulness:3(?!.*evil)"))
 
 
 def test_keys_of_the_keyboard_are_enough(visit):
@@ -247,14 +340,42 @@ def test_keys_of_the_keyboard_are_enough(visit):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_it_fits_a_phone_and_can_be_read(visit, scheme):
     page = visit(World(engine=DialledEngine(), judge=FakeJudge()), viewport=PHONE, color_scheme=scheme)
-    for view in ("Chat", "Compare", "Grid"):
-        page.get_by_role("tab", name=view).click()
+    for name in ("Chat", "Compare", "Grid"):
+        view(page, name)
         ask(page)
         ended(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], view
-        assert page.evaluate(CONTRAST) >= 4.5, view
+        assert page.evaluate("document.documentElement.scrollWidth") <= PHONE["width"], name
+        assert page.evaluate(CONTRAST) >= 4.5, name
     sizes = page.locator("header button:visible, #ask button:visible").evaluate_all("all => all.map(e => e.offsetHeight)")
     assert min(sizes) >= 44
+
+
+SPILT = """() => [...document.querySelectorAll(".levels dt, .levels dd, .dial label, .dial output, .scale span")]
+  .filter((e) => e.offsetParent && e.getBoundingClientRect().right > e.closest(".answer, .panel").getBoundingClientRect().right)
+  .map((e) => e.textContent)"""
+"""Names, levels and scores beyond the right edge of their box."""
+
+
+@pytest.mark.parametrize("width", [PHONE["width"], 1280])
+def test_long_names_and_many_levels_stay_inside_of_their_boxes(visit, width):
+    world = world_of(*DIAL.ranges, Range("instruction_following", 10, 1, 10, 7))
+    page = visit(world, viewport={"width": width, "height": 844})
+    for name in ("Chat", "Compare", "Grid"):
+        view(page, name)
+        ask(page)
+        ended(page)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, name
+        assert page.evaluate(SPILT) == [], name
+        assert achieved(page)[-1] == "7.0"
+
+
+@pytest.mark.parametrize("width", [PHONE["width"], 1280])
+def test_the_newest_answer_is_in_view(visit, width):
+    page = visit(World(engine=DialledEngine(" words" * 60), context=4000), viewport={"width": width, "height": 844})
+    for _ in range(3):
+        ask(page)
+        ended(page)
+    assert 0 < answers(page).last.bounding_box()["y"] < 844 / 2
 
 
 def test_every_part_comes_with_a_policy_that_lets_nothing_in():

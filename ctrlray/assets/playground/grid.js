@@ -93,7 +93,7 @@ export class Grid {
     const work = async () => {
       for (let next = waiting.shift(); next && !this.stopped; next = waiting.shift()) {
         await next.run(messages);
-        if (next.failed?.status === 401) this.stop(); // the others would fail alike
+        if ([401, 404].includes(next.failed?.status)) this.stop(); // the others would fail alike
       }
     };
     await Promise.all(Array.from({ length: Math.min(AT_ONCE, this.session.concurrent ?? AT_ONCE) }, work));

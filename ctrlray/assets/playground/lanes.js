@@ -19,10 +19,10 @@ class Lane {
   draw() {
     const last = () => {
       const turn = this.turns.at(-1);
-      const differs = turn && Object.entries(state[this.levels]).some(([name, level]) => turn.answer.levels[name] !== level);
-      this.redo.hidden = !differs;
+      const moved = () => Object.entries(state[this.levels]).some(([name, level]) => turn.answer.levels[name] !== level);
+      this.redo.hidden = !turn || (turn.answer.served.model === this.session.served.model && !moved());
     };
-    this.redo = h("button", { type: "button", hidden: true, click: () => this.session.busy || this.session.track(() => this.reanswer()) }, "Answer again at this setting");
+    this.redo = h("button", { type: "button", hidden: true, click: () => this.session.busy || this.turns.at(-1).answer.again() }, "Answer again at this setting");
     this.panel.replaceChildren(dials(this.title, this.session.served.attributes, state[this.levels], last), this.redo);
     this.empty.textContent = this.session.inviting;
     last();
@@ -50,10 +50,10 @@ class Lane {
     await answer.run(messages);
   }
 
-  // the same prompt once more, at the dial as it is now
-  async reanswer(answer = this.turns.at(-1).answer) {
+  // the same prompt once more, to the model and at the dial as they are now
+  async reanswer(answer) {
     const index = this.turns.findIndex((t) => t.answer === answer);
-    answer.levels = { ...state[this.levels] };
+    Object.assign(answer, { served: this.session.served, levels: { ...state[this.levels] } });
     this.redo.hidden = true;
     await answer.run(this.messages(this.turns[index].prompt, this.turns.slice(0, index)));
   }

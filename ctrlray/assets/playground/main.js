@@ -22,7 +22,7 @@ const session = {
   focus: () => $("prompt").focus(),
   refused: (status) => {
     if (status === 401) signIn("The key is no longer valid here.");
-    if (status === 403) load().catch(() => {}); // the bounds may have changed: show them as they are
+    if (status === 403 || status === 404) load().catch(() => {}); // bounds or models may have changed: show them as they are
   },
   track: async (work) => {
     session.busy += 1;
