@@ -98,7 +98,8 @@ class Lab:
 
     def start(self, folder: Path) -> subprocess.Popen[bytes]:
         """The pipeline on simulated engines, in a session of its own."""
-        environment = os.environ | {"XDG_CACHE_HOME": str(self.root / "cache"), "RAY_USAGE_STATS_ENABLED": "0", _MARK: str(folder)}
+        own = {"XDG_CACHE_HOME": str(self.root / "cache"), "RAY_USAGE_STATS_ENABLED": "0", _MARK: str(folder)}
+        environment = os.environ | own
         environment.pop("RAY_ADDRESS", None)
         command = [sys.executable, "-m", "benchmarks.chaos.driver", str(folder / "job.yaml")]
         with (folder / "log.txt").open("ab") as log:

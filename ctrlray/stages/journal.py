@@ -67,9 +67,9 @@ class Journal:
             try:
                 results.append(work(group))
             except Exception:  # an error is not a death: whoever catches it decides
-                self._out.remove(batch, name)
+                self._erase(batch, name)
                 raise
-            self._out.remove(batch, name)
+            self._erase(batch, name)
         return results, {i: words[i] or _SILENT for i in killers}
 
     def holds(self) -> bool:
@@ -92,6 +92,10 @@ class Journal:
         """All notes, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `deaths`, `error`."""
         found = [n for batch in self._out.folders() for n in self._notes(batch)]
         return sorted(found, key=lambda n: str(n["since"]))
+
+    def _erase(self, batch: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # by another, who took this process for dead
+            self._out.remove(batch, name)
 
     def _notes(self, batch: str) -> list[dict[str, Any]]:
         found = []
