@@ -51,7 +51,6 @@ def main() -> None:
     options = parser.parse_args()
     lab = Lab(options.root)
     lab.root.mkdir(parents=True, exist_ok=True)
-    lab.prepare()
     done = {o["trial"] for o in outcomes(lab.root)}
     todo = [n for n in range(options.trials) if n not in done]
     for number in todo[: options.most]:

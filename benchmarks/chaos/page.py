@@ -78,8 +78,8 @@ def page(stored: Mapping[str, Any]) -> str:
     lines += [
         "",
         "Seconds lost are those beyond an undisturbed run of the same stages. The machine was shared with other work, so single",
-        "trials say little. A rerun pays the start of Ray again; the loss of a node is noticed after three seconds here, sooner than",
-        "by Ray's defaults.",
+        "trials say little. A rerun pays the start of Ray again; the loss of a node is noticed after three seconds here, sooner",
+        "than by Ray's defaults.",
         "",
         FOUND,
         "## Every trial",

@@ -29,6 +29,8 @@ MOST_S = 300.0
 """A run that takes longer hangs."""
 MOST_RERUNS = 2
 _POLL_S = 0.02
+_WHOLE = {LIKELIHOOD: "prompts", PPO: "train"}
+"""The first stage of the undisturbed run that a method's trials are compared with; both share the stages before training."""
 _MARK = "CTRLRAY_CHAOS"
 """Environment variable of all processes of a run, by which they are found when its driver is gone."""
 
@@ -51,14 +53,15 @@ class Lab:
         self.root = root.resolve()
         self.model = self.root / "model"
 
-    def prepare(self) -> None:
-        """Make the model, and the undisturbed run of each job."""
+    def prepare(self, method: str) -> None:
+        """Make the model and the undisturbed run of a job, where they are not there."""
         if not (self.model / "config.json").is_file():
             from tests.fakes import tiny_model
 
             tiny_model(self.model)
-        for method in (LIKELIHOOD, PPO):
-            self.undisturbed_s(method, "prompts" if method == LIKELIHOOD else "train", clustered=False)
+        for needed in dict.fromkeys((LIKELIHOOD, method)):
+            if not self._noted(needed, _WHOLE[needed]).is_file():
+                self._undisturbed(needed, _WHOLE[needed], self.whole(needed), clustered=False)
 
     def whole(self, method: str) -> Path:
         """Folder of the undisturbed run that others are compared with."""
@@ -66,12 +69,15 @@ class Lab:
 
     def undisturbed_s(self, method: str, first: str, *, clustered: bool) -> float:
         """Seconds of an undisturbed run from that stage on, measured when they are first asked for."""
-        name = f"{method}-{first}" + ("-clustered" if clustered else "")
-        noted = self.root / "undisturbed" / f"{name}.json"
-        if noted.is_file():
-            return float(json.loads(noted.read_text())["seconds"])
-        whole = self.whole(method)
-        folder = self.root / "undisturbed" / name if whole.exists() else whole
+        noted = self._noted(method, first, clustered)
+        if not noted.is_file():
+            self._undisturbed(method, first, noted.with_suffix(""), clustered=clustered)
+        return float(json.loads(noted.read_text())["seconds"])
+
+    def _noted(self, method: str, first: str, clustered: bool = False) -> Path:
+        return self.root / "undisturbed" / f"{method}-{first}{'-clustered' if clustered else ''}.json"
+
+    def _undisturbed(self, method: str, first: str, folder: Path, *, clustered: bool) -> None:
         with nodes(clustered, folder) as cluster:
             self.set_up(folder, method, first, cluster.address)
             began = time.monotonic()
@@ -80,12 +86,12 @@ class Lab:
             seconds = time.monotonic() - began
         if code != 0:
             raise RuntimeError(f"the undisturbed run ended with {code}: {said(folder)}")
-        difference = compare.differ(compare.rows(folder, method), compare.rows(whole, method))
+        difference = compare.differ(compare.rows(folder, method), compare.rows(self.whole(method), method))
         if difference != compare.Difference(0, 0, ()):
             raise RuntimeError(f"two undisturbed runs differ: {difference}")
+        noted = self._noted(method, first, clustered)
         noted.parent.mkdir(exist_ok=True)
         noted.write_text(json.dumps({"seconds": seconds}))
-        return seconds
 
     def set_up(self, folder: Path, method: str, first: str, address: str | None) -> None:
         """A job file, and the finished stages before `first`."""
@@ -110,6 +116,7 @@ class Lab:
     def run(self, trial: Trial) -> dict[str, Any]:
         """A trial's outcome. Raises Missed."""
         where, folder = trial.where, self.root / "trials" / f"{trial.number:03d}"
+        self.prepare(where.method)
         usual_s = self.undisturbed_s(where.method, where.first, clustered=trial.clustered)
         with nodes(trial.clustered, folder) as cluster:
             self.set_up(folder, where.method, where.first, cluster.address)
