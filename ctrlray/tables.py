@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import uuid
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -151,6 +152,18 @@ class Storage:
         parts = [self.path(name, f) for f in files]
         data = pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
         return data.to_table(columns=columns)
+
+    def check_unique(self, name: str, schema: pa.Schema, column: str) -> None:
+        """Raise DataError, naming the parts, when a table holds a row twice."""
+        if len(set(ids := self.read_table(name, schema, [column])[column].to_pylist())) == len(ids):
+            return
+        first = next(key for key, number in Counter(ids).items() if number > 1)
+        files = self.names(name, suffix=".parquet")
+        where = [f for f in files if first in self.read_part(name, f.removesuffix(".parquet"), schema)[column].to_pylist()]
+        raise DataError(
+            f"{self.uri}/{name}: {len(ids) - len(set(ids))} rows are there more than once, among them {first} in {where}. A "
+            "process that was taken for dead wrote late; delete all but one of those parts and run the same command again"
+        )
 
     def read_part(self, name: str, part: str, schema: pa.Schema) -> pa.Table:
         """One part of a table."""

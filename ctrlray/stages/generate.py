@@ -23,7 +23,7 @@ from ctrlray import config, schema
 from ctrlray.actors import last_line
 from ctrlray.clock import note_start, start_seconds
 from ctrlray.control import Renderer, with_system
-from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
@@ -41,7 +41,7 @@ class GenerateBatch:
         os.environ.update(spec.environment())
         record_if_restarted(where, "engine")
         began = time.monotonic()
-        self._engine = Engine(spec)
+        self._engine = spec.build()
         note_start(out, time.monotonic() - began)
         self._sampling = sampling
         self._out, self._where = out, where
@@ -68,7 +68,10 @@ class GenerateBatch:
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
             for row in bad:
                 warn(self._where, f"quarantined, {row['error']}: {row['detail']}", row["row_id"])
-        return pa.concat_tables([kept, *tables])
+        made = pa.concat_tables([kept, *tables])
+        # in the order asked for, so that who works on this block after its node was lost makes the very same block again
+        place = {key: i for i, key in enumerate(made["response_id"].to_pylist())}
+        return made.take(pa.array([place[key] for key in ids if key in place], pa.int64()))
 
     def _answer(self, rows: list[dict[str, Any]]) -> pa.Table:
         try:
@@ -78,6 +81,9 @@ class GenerateBatch:
             warn(self._where, f"ending the engine, which held {len(rows)} rows: {error}", rows[0]["response_id"])
             self._journal.die(error)
             raise
+        if not self._journal.holds():
+            warn(self._where, f"ending the engine: another has its {len(rows)} rows by now", rows[0]["response_id"])
+            os._exit(1)
         made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
         table = from_rows(made, schema.RESPONSES)
         self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
@@ -237,10 +243,10 @@ def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) ->
 
 
 def _accounts(requests: pa.Table, num_refused: int, out: Storage, engines: int) -> StageResult:
+    out.check_unique("responses", schema.RESPONSES, "response_id")
     made = out.read_table("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"])
     wanted = set(requests["response_id"].to_pylist())
-    found = [r for r in made.to_pylist() if r["response_id"] in wanted]
-    unique = {r["response_id"]: r for r in found}
+    unique = {r["response_id"]: r for r in made.to_pylist() if r["response_id"] in wanted}
     bad = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
     quarantined = dict(Counter(error for key, error in bad.items() if key not in unique))
     reasons = dict(Counter(r["finish_reason"] for r in unique.values()))

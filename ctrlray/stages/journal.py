@@ -4,6 +4,9 @@
 
 A note of each group is written before work on it begins and erased when it is done. Notes that are left when the same
 batch comes again (Ray retries it on the restarted actor) are groups that ended their process.
+
+A process may be taken for dead and yet live on, cut off with its node. Whoever takes its place puts their own name on its
+notes, and a new run erases them: a process whose note is no longer its own keeps what it made to itself.
 """
 
 from __future__ import annotations
@@ -48,24 +51,35 @@ class Journal:
         batch = digest(list(ids))
         left = self._notes(batch)
         kept = set(done()) if left else set()
+        who = f"{socket.gethostname()}:{os.getpid()}"
+        for note in left:
+            self._out.write_json(note | {"process": who}, batch, _name(note["rows"]))
         died = [n["rows"] for n in left for _ in range(n["deaths"])]
         groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], died)
         words = {n["rows"][0]: n["error"] for n in left if len(n["rows"]) == 1}
         results = []
         for group in groups:
-            name = f"{group[0]:06d}-{len(group):06d}.json"
+            name = _name(group)
             deaths = 1 + max((n["deaths"] for n in left if n["rows"] == group), default=0)  # if this one ends its process too
-            who = f"{socket.gethostname()}:{os.getpid()}"
             note = {"rows": group, "first": ids[group[0]], "process": who, "deaths": deaths, "error": ""}
             self._out.write_json(note | {"since": _now()}, batch, name)
             self._current = (batch, name, note)
             try:
                 results.append(work(group))
             except Exception:  # an error is not a death: whoever catches it decides
-                self._out.remove(batch, name)
+                self._erase(batch, name)
                 raise
-            self._out.remove(batch, name)
+            self._erase(batch, name)
         return results, {i: words[i] or _SILENT for i in killers}
+
+    def holds(self) -> bool:
+        """Whether the group in hand is still this process's own."""
+        assert self._current is not None
+        batch, name, note = self._current
+        try:
+            return bool(self._out.read_json(batch, name)["process"] == note["process"])
+        except FileNotFoundError:
+            return False
 
     def die(self, error: BaseException) -> None:
         """Note what went wrong with the group in hand and end this process: what it holds is in an unknown state."""
@@ -79,6 +93,10 @@ class Journal:
         found = [n for batch in self._out.folders() for n in self._notes(batch)]
         return sorted(found, key=lambda n: str(n["since"]))
 
+    def _erase(self, batch: str, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):  # by another, who took this process for dead
+            self._out.remove(batch, name)
+
     def _notes(self, batch: str) -> list[dict[str, Any]]:
         found = []
         for name in self._out.names(batch, suffix=".json"):
@@ -88,6 +106,10 @@ class Journal:
 
 
 _SILENT = "the process ended without a word; see the actor's log in Ray's session folder"
+
+
+def _name(group: Sequence[int]) -> str:
+    return f"{group[0]:06d}-{len(group):06d}.json"
 
 
 def _now() -> str:

@@ -243,6 +243,7 @@ def job_attributes(job: config.Job) -> list[str]:
 def _accounts(
     responses: pa.Table, finished: pa.Table, names: Sequence[str], out: Storage, facts: Mapping[str, str]
 ) -> StageResult:
+    out.check_unique("scores", schema.scores(names), "response_id")
     wanted = set(finished["response_id"].to_pylist())
     scored = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist()) & wanted
     failed = {

@@ -10,7 +10,7 @@ import ray
 from ctrlray import config, schema
 from ctrlray.clock import note_start
 from ctrlray.engine.engine import Completion, EngineSpec
-from ctrlray.errors import ClusterError
+from ctrlray.errors import ClusterError, DataError
 from ctrlray.ledger import Silent
 from ctrlray.patience import Patience
 from ctrlray.stages import generate
@@ -126,6 +126,58 @@ def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_p
         assert any(line.startswith(f"run=r1 stage=generate row={b['row_id']}: quarantined, process_died") for line in said)
 
 
+def held_up(batch, meanwhile):
+    """An engine that others take for dead while it answers: `meanwhile()` is what they do."""
+    answer = batch._engine.generate
+
+    def late(*args, **limits):
+        made = answer(*args, **limits)
+        meanwhile()
+        return made
+
+    batch._engine.generate = late
+    return batch
+
+
+@pytest.mark.parametrize("others", ["a successor", "another run"])
+def test_an_engine_whose_rows_were_given_away_writes_nothing(tmp_path, monkeypatch, caplog, others):
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    out = Storage(str(tmp_path))
+    work = files(out, "fine", "good")
+    passed = []
+
+    def meanwhile():
+        if others == "another run":
+            Journal(out.sub(IN_FLIGHT)).clear()
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        passed.extend(Batch(out)(work)["text"].to_pylist())
+
+    with pytest.raises(SystemExit):
+        held_up(Batch(out), meanwhile)(work)
+    assert "another has its 6 rows by now" in caplog.text
+    written = out.read_table("responses", schema.RESPONSES)
+    assert sorted(written["text"].to_pylist()) == sorted(passed) and len(passed) == 6
+    out.check_unique("responses", schema.RESPONSES, "response_id")
+
+
+def test_a_block_that_is_made_again_has_its_rows_in_the_same_order(tmp_path, monkeypatch):
+    def leave(code):
+        raise SystemExit(code)
+
+    out = Storage(str(tmp_path))
+    work = files(out, *"abcdefgh")
+    before = Batch(out)
+    before._engine.generate = lambda *_, **__: leave(9)  # its process ends: the next one works in eighths
+    with pytest.raises(SystemExit):
+        before(work)
+    first = Batch(out)(work)
+    again = Batch(out)
+    assert again(work).equals(first) and not again._engine.asked
+
+
 def response(key, reason="stop", tokens=3):
     row = {"response_id": key, "prompt_id": "p", "behaviour": "plain", "text": "x", "token_ids": [1] * tokens}
     return row | {"logprob_sum": -1.0, "finish_reason": reason, "weights_version": 0, "prompt_tokens": 2}
@@ -136,10 +188,10 @@ def quarantined(key, error):
 
 
 def test_accounts_count_every_request_once(tmp_path):
-    """Answered twice; quarantined and answered later; quarantined; refused; and an answer that nobody asked for."""
+    """Quarantined and answered later; quarantined; refused; and an answer that nobody asked for."""
     out, (a, b, c) = Storage(str(tmp_path)), (r["response_id"] for r in requests("why")[0])
     out.write_table(from_rows([response(a), response(b, "length", 5)], schema.RESPONSES), "responses", "part-0")
-    out.write_table(from_rows([response(a), response("stranger")], schema.RESPONSES), "responses", "part-1")
+    out.write_table(from_rows([response("stranger")], schema.RESPONSES), "responses", "part-1")
     bad = [quarantined(b, "process_died"), quarantined(c, "process_died"), quarantined("long", "prompt_too_long")]
     out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
     made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
@@ -149,6 +201,15 @@ def test_accounts_count_every_request_once(tmp_path):
     assert (result.rows_in, result.rows_out, result.tokens) == (4, 2, 8)
     assert result.quarantined == {"process_died": 1, "prompt_too_long": 1}
     assert result.facts == {"finish_reasons": {"stop": 1, "length": 1}, "start_s": 45.0}
+
+
+def test_an_answer_that_is_there_twice_is_no_whole_table(tmp_path):
+    out, (a, b, c) = Storage(str(tmp_path)), (r["response_id"] for r in requests("why")[0])
+    out.write_table(from_rows([response(a), response(b), response(c)], schema.RESPONSES), "responses", "part-0")
+    out.write_table(from_rows([response(c, tokens=5)], schema.RESPONSES), "responses", "part-late")
+    made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
+    with pytest.raises(DataError, match=rf"1 rows are there more than once, among them {c} in .*part-0.*part-late"):
+        generate._accounts(made, 0, out, 1)
 
 
 def test_what_is_answered_quarantined_or_too_long_starts_no_engine(tmp_path, monkeypatch):

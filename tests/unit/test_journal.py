@@ -131,3 +131,24 @@ def test_a_note_that_is_erased_while_others_are_read_is_no_error(tmp_path, morta
     with pytest.raises(SystemExit):
         journal.run(["a", "b"], lambda group: journal.die(KeyError("q")))
     assert [n["first"] for n in journal.in_flight()] == ["a"]
+
+
+def test_a_group_is_held_until_another_takes_it_or_a_new_run_begins(tmp_path, mortal, monkeypatch):
+    out, held = Storage(str(tmp_path / "notes")), []
+    late, successor = Journal(out), Journal(out)
+
+    def taken(group):
+        held.append(late.holds())
+        with monkeypatch.context() as other:
+            other.setattr(os, "getpid", lambda: 1)
+            successor.run(["a", "b"], lambda group: held.append(successor.holds()))
+        held.append(late.holds())
+
+    late.run(["a", "b"], taken)
+    assert held == [True, True, True, False]  # the successor's two groups are its own
+
+    def restarted(group):
+        successor.clear()
+        return late.holds()
+
+    assert late.run(["c"], restarted)[0] == [False]  # and there is no note left to erase

@@ -1,0 +1,101 @@
+"""The pure parts of the chaos trials: which process dies when, what simulated engines answer, how runs are compared."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import pytest
+
+from benchmarks.chaos import core, page
+from benchmarks.chaos.compare import Difference, differ
+from benchmarks.chaos.driver import _simulated
+from benchmarks.chaos.job import BLOCKS, job
+from benchmarks.chaos.plan import KINDS, plan
+from benchmarks.chaos.simulated import SimulatedSpec
+from benchmarks.common import RESULTS
+from ctrlray import config
+from ctrlray.engine.engine import EngineSpec
+from ctrlray.pipeline import Run
+
+
+def test_fifty_trials_kill_each_kind_five_times_in_all_its_places():
+    trials = [plan(number) for number in range(50)]
+    assert Counter(t.kind for t in trials) == dict.fromkeys(KINDS, 5)
+    for kind, (victim, places) in KINDS.items():
+        mine = [t for t in trials if t.kind == kind]
+        assert {t.where for t in mine} == set(places) and {t.victim for t in mine} == {victim}
+        assert len({t.share for t in mine}) == 5  # at moments of their own
+    assert [plan(number) for number in range(50)] == trials
+
+
+def test_a_simulated_answer_follows_from_request_and_weights_alone():
+    said = core.answer([1, 2, 3], 16, "w")
+    assert core.answer([1, 2, 3], 16, "w") == said
+    assert len({core.answer([1, 2, i], 16, "w") for i in range(50)}) > 40
+    assert len({core.answer([1, 2, 3], 16, str(i)) for i in range(50)}) > 40
+    for i in range(100):
+        text, reason, logprobs = core.answer([i], 5, "w")
+        assert 1 <= len(text) <= 5 and reason == ("stop" if len(text) < 5 else "length")
+        assert len(logprobs) == len(text) + (reason == "stop") and max(logprobs) < 0
+    assert {core.answer([i], 5, "w")[1] for i in range(100)} == {"stop", "length"}
+
+
+def test_engines_of_a_job_are_never_simulated_but_by_the_driver_of_a_trial(tiny, private_cache, tmp_path):
+    run = Run(config.parse(config.Job, job(tiny, tmp_path, "exmate"), where="t"))
+    real, simulated = run.engine_spec(), _simulated(run)
+    assert type(real) is EngineSpec and type(simulated) is SimulatedSpec
+    assert vars(real) == vars(simulated)
+
+
+def test_every_job_of_a_trial_has_as_many_blocks_as_it_says(tiny, tmp_path):
+    for method in ("exmate", "ppo"):
+        made = config.parse(config.Job, job(tiny, tmp_path, method, "127.0.0.1:1"), where="t")
+        assert made.prompts.train * made.generate.samples == BLOCKS * made.generate.batch_size
+
+
+ROWS = {"scores": [{"id": "a", "x": 1.0}, {"id": "b", "x": float("nan")}], "prompts": [{"id": "p"}]}
+
+
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (ROWS["scores"], Difference(0, 0, ())),
+        (ROWS["scores"][:1], Difference(1, 0, ("scores",))),
+        ([*ROWS["scores"], ROWS["scores"][1]], Difference(0, 1, ("scores",))),
+        ([{"id": "a", "x": 1.0 + 1e-15}, ROWS["scores"][1]], Difference(0, 0, ("scores",))),
+        ([{"id": "a", "x": 1.0}, {"id": "c", "x": 2.0}], Difference(1, 0, ("scores",))),
+    ],
+)
+def test_lost_doubled_and_changed_rows_are_seen(scores, found):
+    assert differ(ROWS | {"scores": scores}, ROWS) == found
+
+
+def outcome(**changes):
+    made = {"trial": 0, "kind": "engine", "stage": "generate", "method": "exmate", "work": "4 rows", "codes": [0]}
+    made |= {"recovered": "itself", "seconds_lost": 2.0, "lost": 0, "twice": 0, "unequal": [], "unaccounted": [], "commit": "c"}
+    return made | changes
+
+
+@pytest.mark.parametrize(
+    ("bad", "figure", "said"),
+    [
+        ({"recovered": "", "lost": None, "twice": None, "unequal": None, "unaccounted": None}, 0, "it did not recover"),
+        ({"lost": 2, "unequal": ["scores"]}, 1, "**no**: scores"),
+        ({"twice": 1, "unequal": ["responses"]}, 2, "**no**: responses"),
+        ({"unaccounted": ["generate"]}, 3, "**no**: accounts of generate"),
+    ],
+)
+def test_a_trial_that_went_wrong_is_on_the_page_and_in_the_figures(bad, figure, said):
+    trials = [outcome(), outcome(trial=1, **bad)]
+    figures = page.figures(trials)
+    assert [f["met"] for f in page.figures(trials[:1])] == [True] * 4 + [None]
+    assert figures[figure]["met"] is False and figures[3]["met"] is False
+    machine = {"cpu": "c", "cores": "2", "memory": "1 GiB"}
+    assert said in page.page({"outcomes": trials, "machine": machine}).splitlines()[-3]
+
+
+def test_the_page_is_that_of_the_stored_outcomes():
+    stored = json.loads((RESULTS / "chaos.json").read_text())
+    assert page.PAGE.read_text(encoding="utf-8") == page.page(stored)
+    assert len(stored["outcomes"]) == 50
