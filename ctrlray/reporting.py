@@ -160,9 +160,12 @@ def headline(run: Run, method: str) -> dict[str, str]:
     if method in (gaps := code_gaps(run)):
         figures["held-out code gap, nats per token"] = _interval(gaps[method])
     if run.out("evaluate").exists("metrics.json"):
-        for name, values in run.out("evaluate").read_json("metrics.json")[method]["attributes"].items():
+        measured = run.out("evaluate").read_json("metrics.json")[method]
+        for name, values in measured["attributes"].items():
             figures[f"{name}: pairwise order accuracy (chance 0.5)"] = _interval(values["pairwise"])
             figures[f"{name}: mean absolute error, levels"] = _interval(values["mae"])
+        if kl := measured.get("kl_base"):
+            figures["KL to the base without a code, nats per answer"] = _interval(kl)
     if run.out("evaluate").exists("judge.json"):
         judged = run.out("evaluate").read_json("judge.json")
         for name, values in judged[method]["attributes"].items():
