@@ -24,7 +24,7 @@ JUDGE = {"type": "function", "target": "tests.fakes:word_judge", "attributes": N
 POOL = ["one", "one two", "one two two", "one two three four", "one two", "five six seven eight nine", "", "cut off"]
 
 
-def job(tmp_path, **evaluate):
+def job(tmp_path, likelihood="clm", **evaluate):
     asked = tmp_path / "asked.jsonl"
     rows = [{"prompt": f"{label} {i}", "label": label} for label in ("safe", "unsafe") for i in range(2)]
     asked.write_text("\n".join(map(json.dumps, rows)))
@@ -34,7 +34,7 @@ def job(tmp_path, **evaluate):
         "name": "t",
         "control": {"attributes": [{"name": "brevity", "levels": 2}, {"name": "variety", "levels": 2}]},
         "rewards": [JUDGE, REWARD],
-        "train": {"objectives": [{"type": "clm"}, {"type": "ppo", "steps": 3, "batch_size": 16}]},
+        "train": {"objectives": [{"type": likelihood}, {"type": "ppo", "steps": 3, "batch_size": 16}]},
         "evaluate": {"methods": ["start", "reranking"], "candidates": 2, "bootstrap": 100, "sets": [refusals]} | evaluate,
     }
     return config.parse(config.Job, raw, where="test")
