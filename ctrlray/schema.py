@@ -197,6 +197,20 @@ def grid(attributes: Sequence[str], *, judged: bool = False) -> pa.Schema:
     )
 
 
+def drift() -> pa.Schema:
+    """One row per evaluated answer of a trained method: its log-prob in nats as sampled, and under the base without a code."""
+    return _table(
+        "drift",
+        [
+            ("grid_id", pa.string()),
+            ("prompt_id", pa.string()),
+            ("method", pa.string()),
+            ("logp", pa.float64()),
+            ("base_logp", pa.float64()),
+        ],
+    )
+
+
 _GRID_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("requested", pa.int8()),
     ("score", pa.float32()),

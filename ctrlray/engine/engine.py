@@ -6,6 +6,7 @@ learning; it knows nothing of Ray itself. vLLM is imported when an engine starts
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import time
@@ -146,6 +147,16 @@ class Engine:
             return found
         return [[self._to_sentence(c) if c.finish_reason == "length" else c for c in samples] for samples in found]
 
+    def logp(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+        """Nats; what the weights in force give the tokens of each answer after its context, before temperature and masks."""
+        from vllm import SamplingParams
+
+        # a token is sampled after each answer, because vLLM samples at least one
+        asked = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+        requests = [{"prompt_token_ids": [int(t) for t in (*c, *a)]} for c, a in zip(contexts, answers, strict=True)]
+        outputs = self._llm.generate(requests, asked, use_tqdm=False)
+        return [_logp_at_end(output.prompt_logprobs, answer) for output, answer in zip(outputs, answers, strict=True)]
+
     def _to_sentence(self, answer: Completion) -> Completion:
         """The answer up to its last complete sentence and an end-of-turn token; as it was when no sentence is complete."""
         tokenizer = self._llm.get_tokenizer()
@@ -243,6 +254,12 @@ def _reload(
     """In vLLM's own worker: load a checkpoint with an adapter merged into it, a tensor at a time."""
     worker.reload_weights(weights_iterator=given.watch(merged_tensors(folder, adapter, card, dtype)))
     return given
+
+
+def _logp_at_end(steps: Sequence[Any], answer: Sequence[int]) -> float:
+    """Sum of the log-probs of a prompt's last tokens."""
+    last = steps[len(steps) - len(answer) :]
+    return math.fsum(float(step[int(t)].logprob) for t, step in zip(answer, last, strict=True))
 
 
 def _completion(sample: Any, version: int) -> Completion:

@@ -38,6 +38,10 @@ class EngineHost:
         """One answer per prompt."""
         return [samples[0] for samples in self._engine.generate(prompts, sampling)]
 
+    def logp(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+        """Log-probs of answers after their contexts."""
+        return self._engine.logp(contexts, answers)
+
     def load_weights(self, folder: str, version: int) -> Held:
         """Swap weights for a folder's; returns what is now in force."""
         return self._engine.load_weights(folder, version)
@@ -136,6 +140,22 @@ class EnginePool:
 
         self._engines.run(len(prompts), batch_size, lambda e, rows: e.generate.remote([prompts[i] for i in rows], sampling), keep)
         return answers
+
+    def logp(
+        self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], batch_size: int
+    ) -> list[float | None]:
+        """Nats; what the weights in force give each answer after its context, in order, None for a row that ends engines."""
+        found: list[float | None] = [None] * len(answers)
+
+        def submit(engine: Any, rows: list[int]) -> Any:
+            return engine.logp.remote([contexts[i] for i in rows], [answers[i] for i in rows])
+
+        def keep(rows: list[int], made: list[float]) -> None:
+            for i, value in zip(rows, made, strict=True):
+                found[i] = value
+
+        self._engines.run(len(answers), batch_size, submit, keep)
+        return found
 
     def hit_rate(self) -> float:
         """Share of prompt tokens found in the prefix caches of the engines, each since its start; NaN when none was looked up."""

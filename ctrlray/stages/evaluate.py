@@ -22,11 +22,12 @@ from ctrlray.engine.engine import EngineSpec
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.metrics.compare import compare_grid
+from ctrlray.metrics.drift import kl_by_method
 from ctrlray.metrics.grid import evaluate_grid
 from ctrlray.metrics.refusals import refusal_rates
 from ctrlray.metrics.texts import is_refusal
 from ctrlray.stages import grid, hacking, judging, sets
-from ctrlray.stages.questions import Plan, answer, answers_schema, methods, questions, render, samples, sampling
+from ctrlray.stages.questions import DRIFT, Plan, answer, answers_schema, methods, questions, render, samples, sampling
 from ctrlray.stages.sets import Asked
 from ctrlray.tables import Storage
 
@@ -66,8 +67,14 @@ def run(
     space = ControlSpace.of(job.control)
     cells = space.cells(job.evaluate.levels)
     asked = [Asked("", given.split("eval"), out), *_sets(given, job, cells[0], space, renderer, out)]
+    plain = {p["prompt_id"]: renderer.render(p["messages"]) for p in asked[0].prompts}
     plans = [
-        Plan({m: questions(m, a.prompts, cells, samples(m, job), space, renderer) for m in methods(job)}, a.out) for a in asked
+        Plan(
+            {m: questions(m, a.prompts, cells, samples(m, job), space, renderer) for m in methods(job)},
+            a.out,
+            {} if a.name else plain,
+        )
+        for a in asked
     ]
     progress.total(sum(len(q) for plan in plans for q in plan.questions.values()))
     answer(plans, job, spec, weights, out, progress)
@@ -125,7 +132,12 @@ def _measure(part: Asked, table: pa.Table, job: config.Job, out: Storage) -> Non
     Methods are compared on the own prompts, in comparisons.json, and under the judges in their folder.
     """
     suffix, how = f"-{part.name}" if part.name else "", (job.control, job.evaluate.bootstrap, job.seed)
-    out.write_json(evaluate_grid(table, *how), f"metrics{suffix}.json")
+    measured = evaluate_grid(table, *how)
+    if not part.name:
+        drift = part.out.read_table(DRIFT, schema.drift())
+        for method, kl in kl_by_method(drift, job.evaluate.bootstrap, job.seed).items():
+            measured[method]["kl_base"] = kl
+    out.write_json(measured, f"metrics{suffix}.json")
     if not part.name:
         out.write_json(compare_grid(table, *how), "comparisons.json")
     if job.judges:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from ctrlray.tables import Storage, from_rows
 RERANKING = "reranking"
 UNCONTROLLED = (START, RERANKING)
 """Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
+DRIFT = "drift"
 _NO_ANSWER = Completion("", [], 0.0, DIED, [])
 
 
@@ -41,6 +43,8 @@ class Plan(NamedTuple):
 
     questions: Mapping[str, Sequence[Question]]
     out: Storage
+    plain: Mapping[str, list[int]] = {}
+    """The prompts without any setting, by prompt_id, where answers of trained methods are held against the base; else empty."""
 
 
 def methods(job: config.Job) -> list[str]:
@@ -93,9 +97,10 @@ def render(method: str, messages: Sequence[schema.Message], cell: Levels, space:
 
 
 def answers_schema(job: config.Job) -> pa.Schema:
-    """The grid before its scores."""
+    """The grid before its scores, with the sampled tokens and their log-prob in nats by the weights that sampled them."""
     full = schema.grid(job_attributes(job))
-    return pa.schema([f for f in full if not f.name.startswith(("score_", "units_"))], metadata=full.metadata)
+    sampled = [pa.field("token_ids", schema.TOKENS), pa.field("logp", pa.float64())]
+    return pa.schema([*(f for f in full if not f.name.startswith(("score_", "units_"))), *sampled], metadata=full.metadata)
 
 
 def answer(
@@ -106,7 +111,7 @@ def answer(
     out: Storage,
     progress: Progress,
 ) -> None:
-    """Write the `answers` that are missing, a part for each method, method after method over all plans.
+    """Write the `answers` that are missing, a part for each method, method after method over all plans, then the `drift`.
 
     `weights(method)` is the model folder of a trained method, None for those that run on the prepared base. `out` keeps how
     long the engines took to start.
@@ -119,7 +124,8 @@ def answer(
                 progress.advance(len(asked))
             else:
                 missing.setdefault(method, []).append(plan)
-    if not missing:
+    drifts = [(plan, o.type) for plan in plans if plan.plain for o in job.train.objectives if not _drifted(plan, o.type)]
+    if not missing and not drifts:
         return
     progress.note("starting vLLM")
     began = time.monotonic()
@@ -132,6 +138,11 @@ def answer(
             progress.note(method)
             for plan in missing[method]:
                 _ask(method, plan, pool, job, progress)
+        if drifts and pool.weights_version:
+            pool.load_weights(spec.model)
+        for plan, method in drifts:
+            progress.note(f"log-probs of {method}'s answers under the base")
+            _compare(method, plan, pool, job)
 
 
 def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: Progress) -> None:
@@ -141,6 +152,20 @@ def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: P
     if bad := [_left_out(q) for q, c in zip(asked, found, strict=True) if c is None]:
         plan.out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
     plan.out.write_table(from_rows(rows, answers_schema(job)), "answers", f"method-{method}")
+
+
+def _drifted(plan: Plan, method: str) -> bool:
+    return f"method-{method}.parquet" in plan.out.names(DRIFT)
+
+
+def _compare(method: str, plan: Plan, pool: EnginePool, job: config.Job) -> None:
+    """Write a method's `drift`; the base's weights are in force."""
+    answers = plan.out.read_part("answers", f"method-{method}", answers_schema(job)).to_pylist()
+    spoken = [a for a in answers if a["token_ids"]]
+    contexts = [plan.plain[a["prompt_id"]] for a in spoken]
+    found = pool.logp(contexts, [a["token_ids"] for a in spoken], job.evaluate.batch_size)
+    rows = [{**a, "base_logp": base} for a, base in zip(spoken, found, strict=True) if base is not None]
+    plan.out.write_table(from_rows(rows, schema.drift()), DRIFT, f"method-{method}")
 
 
 def _left_out(question: Question) -> dict[str, str]:
@@ -159,4 +184,7 @@ def _row(question: Question, answer: Completion, version: int, job: config.Job) 
         "num_tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
         "weights_version": version,
+        # not the end-of-turn token of an answer that was cut back: it was not sampled
+        "token_ids": answer.token_ids[: len(answer.logprobs)],
+        "logp": math.fsum(answer.logprobs),
     }

@@ -134,6 +134,7 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> 
         "Finished",
         "Prompts whose answers differ",
         "Code gap, nats/token",
+        "KL to the base, nats/answer",
     )
     rows = []
     for method in dict.fromkeys([*metrics, *code_gaps]):
@@ -148,9 +149,13 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> 
                 percent_cell(result.get("finished")),
                 percent_cell(result.get("distinct_outputs")),
                 gap_cell(code_gaps.get(method)),
+                number_cell(result.get("kl_base"), 1),
             ]
         )
-    caption = "Methods on the same held-out prompts. The code gap is NLL under wrong codes minus under the right one."
+    caption = (
+        "Methods on the same held-out prompts. The code gap is NLL under wrong codes minus under the right one; the KL to the "
+        "base is the mean over answers of their log-prob under the code minus that under the base without one"
+    )
     return table(caption, header, rows)
 
 

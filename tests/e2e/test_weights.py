@@ -93,6 +93,16 @@ def assert_computes_as(engines, network, prompts):
         expected = (logits / 0.7).log_softmax(-1).gather(1, torch.tensor(answer.token_ids)[:, None])[:, 0]
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=2e-3)
         assert answer.logprob_sum == pytest.approx(sum(answer.logprobs), abs=1e-4)
+    assert_judges_as(engines, network, prompts, [a.token_ids for a in answers])
+
+
+def assert_judges_as(engines, network, prompts, answers):
+    """The log-probs of given answers, before masks."""
+    found = engines.logp(prompts, answers, batch_size=3)
+    for prompt, answer, value in zip(prompts, answers, found, strict=True):
+        with torch.no_grad():
+            logp = network(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        assert value == pytest.approx(float(logp.gather(1, torch.tensor(answer)[:, None]).sum()), abs=5e-3)
 
 
 def test_an_engine_computes_with_the_adapter_it_was_given(engines, base):

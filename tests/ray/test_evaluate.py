@@ -24,7 +24,7 @@ JUDGE = {"type": "function", "target": "tests.fakes:word_judge", "attributes": N
 POOL = ["one", "one two", "one two two", "one two three four", "one two", "five six seven eight nine", "", "cut off"]
 
 
-def job(tmp_path, **evaluate):
+def job(tmp_path, likelihood="clm", **evaluate):
     asked = tmp_path / "asked.jsonl"
     rows = [{"prompt": f"{label} {i}", "label": label} for label in ("safe", "unsafe") for i in range(2)]
     asked.write_text("\n".join(map(json.dumps, rows)))
@@ -34,7 +34,7 @@ def job(tmp_path, **evaluate):
         "name": "t",
         "control": {"attributes": [{"name": "brevity", "levels": 2}, {"name": "variety", "levels": 2}]},
         "rewards": [JUDGE, REWARD],
-        "train": {"objectives": [{"type": "clm"}, {"type": "ppo", "steps": 3, "batch_size": 16}]},
+        "train": {"objectives": [{"type": likelihood}, {"type": "ppo", "steps": 3, "batch_size": 16}]},
         "evaluate": {"methods": ["start", "reranking"], "candidates": 2, "bootstrap": 100, "sets": [refusals]} | evaluate,
     }
     return config.parse(config.Job, raw, where="test")
@@ -50,7 +50,7 @@ class Plain:
 class FakePool:
     """Says as many words as the levels add up to; refuses at the lowest; one question ends engines."""
 
-    starts, loads, asked = 0, [], []
+    starts, loads, asked, compared = 0, [], [], []
 
     def __init__(self, *_):
         self.weights_version = 0
@@ -76,13 +76,18 @@ class FakePool:
             return None
         words = " word" * (sum(levels) or 1 + i % 3) + f" {size}\n"
         text = "I'm sorry, but I can't help with that." if levels == [1, 1] else words
-        return Completion(text, [1] * (1 + len(text.split())), -1.0, "stop", [])
+        size = 1 + len(text.split())
+        return Completion(text, [1] * size, -0.5 * size, "stop", [-0.5] * size)
+
+    def logp(self, contexts, answers, batch_size):
+        self.compared.append((self.weights_version, len(answers), {len(c) for c in contexts}))
+        return [-2.0 * len(a) for a in answers]
 
 
 @pytest.fixture
 def pool(monkeypatch):
     monkeypatch.setattr(questions, "EnginePool", FakePool)
-    FakePool.starts, FakePool.loads, FakePool.asked = 0, [], []
+    FakePool.starts, FakePool.loads, FakePool.asked, FakePool.compared = 0, [], [], []
     return FakePool
 
 
@@ -136,7 +141,9 @@ def test_judges_a_set_and_rollouts(local_ray, pool, tmp_path):
     result = run(made, inputs, tmp_path / "out")
     # own: 3 prompts x (1 start + 2 candidates + 4 clm + 4 ppo), the set: 4 prompts of the same
     assert result.rows_in == 33 + 44 and result.quarantined == {DIED: 2}
-    assert pool.starts == 1 and pool.loads == ["/clm", "/ppo"]
+    assert pool.starts == 1 and pool.loads == ["/clm", "/ppo", "folder"]
+    # the own prompts' answers but for the lost one, after prompts without levels, once the base is in force again
+    assert pool.compared == [(3, 11, {1}), (3, 11, {1})]
     assert pool.asked == [(0, 3), (0, 4), (0, 6), (0, 8), (1, 12), (1, 16), (2, 12), (2, 16)]
     assert result.facts["sets"]["careful"]["answers"] == 44 and result.facts["tokens_spent"].keys() == {
         "start", "reranking", "clm", "ppo",
@@ -145,7 +152,8 @@ def test_judges_a_set_and_rollouts(local_ray, pool, tmp_path):
     check_grid(out)
     check_measures(out)
     again = run(made, inputs, tmp_path / "out")
-    assert pool.starts == 1 and again.quarantined == result.quarantined and again.facts == result.facts
+    assert pool.starts == 1 and len(pool.compared) == 2
+    assert again.quarantined == result.quarantined and again.facts == result.facts
 
 
 def check_scores(out, result, made):
@@ -182,6 +190,11 @@ def check_grid(out):
 def check_measures(out):
     metrics, judge = out.read_json("metrics.json"), out.read_json("judge.json")
     agreed = judge.pop("correlation")
+    # each token at -0.5 nats, under the base at -2: 1.5 nats for each of 1 + the words, of 11 answers
+    lengths = out.read_table("drift", schema.drift(), ["method", "logp"]).to_pylist()
+    clm = [-2 * r["logp"] for r in lengths if r["method"] == "clm"]
+    assert metrics["clm"]["kl_base"]["value"] == pytest.approx(1.5 * sum(clm) / 11)
+    assert metrics["clm"].pop("kl_base")["low"] < metrics["ppo"].pop("kl_base")["high"] and "kl_base" not in metrics["start"]
     assert metrics.keys() == judge.keys() == {"start", "reranking", "clm", "ppo"}
     assert metrics["clm"].keys() == judge["clm"].keys() and judge["clm"]["num_excluded"] == 1 + 3
     # more words at higher levels: brevity goes the other way

@@ -36,6 +36,11 @@ class Host:
             raise ValueError("13 is unlucky")
         return [Completion(str(p), list(p), -1.0, "stop", [-0.5] * len(p)) for p in prompts]
 
+    def logp(self, contexts, answers):
+        if any(13 in a for a in answers):
+            raise ValueError("13 is unlucky")
+        return [-float(sum(c) + 10 * sum(a)) for c, a in zip(contexts, answers, strict=True)]
+
     def load_weights(self, folder, version):
         self.loaded = folder, version
         return self._held(1.0, version)
@@ -179,6 +184,11 @@ def test_a_prompt_that_ends_engines_is_left_out_and_new_engines_get_the_weights_
         alive = [a for a in cluster.actors if not a.killed]
         assert len(alive) == 2 and all(a.host.loaded == ("/second", 2) for a in alive)
         assert len({a.options["name"] for a in cluster.actors}) == len(cluster.actors) == 2 + 3  # once together, twice alone
+
+
+def test_log_probs_keep_the_order_of_their_answers_and_leave_out_one_that_ends_engines(cluster):
+    with pool() as engines:
+        assert engines.logp([[1], [2], [3]], [[1], [13], [2, 2]], 2) == [-11.0, None, -43.0]
 
 
 def test_engines_that_end_too_often_are_given_up_with_the_last_words(cluster):

@@ -87,3 +87,11 @@ def test_answers_and_prompt_sets():
     correlation = {"kind": {"overall": ci(0.6), "within_prompt": ci(0.05), "num_answers": 660}}
     (row,) = methods.correlation_table(correlation).rows
     assert [(c.text, c.tone) for c in row] == [("kind", ""), ("0.60", "good"), ("0.05", ""), ("660", "")]
+
+
+def test_the_overview_has_the_kl_to_the_base_where_it_was_measured():
+    drifted = {"start": {"num_rows": 9}, "exmate": {"num_rows": 9, "kl_base": {"value": 6.25, "low": 5.0, "high": 8.0}}}
+    found = methods.overview_table(drifted, {})
+    at = found.header.index("KL to the base, nats/answer")
+    start, exmate = (row[at] for row in found.rows)
+    assert (start.text, exmate.text, exmate.note) == (DASH, "6.2", "[5.0, 8.0]")
