@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -137,10 +137,17 @@ class Storage:
 
     def read_table(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """All parts of a table, in part order; empty when none was written. Checks table name and schema version."""
-        files = self.names(name, suffix=".parquet")
-        if not files:
+        if not (files := self.names(name, suffix=".parquet")):
             empty = schema.empty_table()
             return empty.select(columns) if columns else empty
+        return self._dataset(name, files, schema, columns).to_table(columns=columns)
+
+    def batches(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of `read_table` a batch at a time, for tables that do not fit into memory."""
+        if files := self.names(name, suffix=".parquet"):
+            yield from self._dataset(name, files, schema, columns).to_batches(columns=columns)
+
+    def _dataset(self, name: str, files: list[str], schema: pa.Schema, columns: list[str] | None) -> Any:
         first = pq.read_schema(self.path(name, files[0]), filesystem=self.filesystem)
         found = (first.metadata or {}).get(b"ctrlray.version", b"?").decode()
         if found != str(VERSION):
@@ -149,13 +156,12 @@ class Storage:
         if missing:
             raise DataError(f"{self.uri}/{name}: lacks the columns {missing}; rerun the stage that writes it")
         parts = [self.path(name, f) for f in files]
-        data = pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
-        return data.to_table(columns=columns)
+        return pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
 
-    def read_part(self, name: str, part: str, schema: pa.Schema) -> pa.Table:
+    def read_part(self, name: str, part: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """One part of a table."""
         with self.filesystem.open_input_file(self.path(name, f"{part}.parquet")) as source:
-            return pq.read_table(source, schema=schema)
+            return pq.read_table(source, schema=schema, columns=columns)
 
 
 def from_rows(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:

@@ -143,7 +143,7 @@ def score_stream(
     rows: ray.data.Dataset, job: config.Job, rewards: Sequence[config.Reward], conversations: Conversations, out: Storage
 ) -> ray.data.Dataset:
     """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
-    shared = ray.put(dict(conversations))
+    shared = ray.put(conversations)
     Journal(out.sub(IN_FLIGHT)).clear()
     for reward, journal in zip(rewards, journals(rewards, out), strict=True):
         rows = rows.map_batches(

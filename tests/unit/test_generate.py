@@ -142,10 +142,10 @@ def test_accounts_count_every_request_once(tmp_path):
     out.write_table(from_rows([response(a), response("stranger")], schema.RESPONSES), "responses", "part-1")
     bad = [quarantined(b, "process_died"), quarantined(c, "process_died"), quarantined("long", "prompt_too_long")]
     out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
-    made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
+    asked = generate.keys([a, b, c, "long"])
     for seconds in (30.0, 40.0, 20.0):  # two engines, one of them started twice
         note_start(out, seconds)
-    result = generate._accounts(made, 1, out, 2).check("generate")
+    result = generate._accounts(asked, out, 2).check("generate")
     assert (result.rows_in, result.rows_out, result.tokens) == (4, 2, 8)
     assert result.quarantined == {"process_died": 1, "prompt_too_long": 1}
     assert result.facts == {"finish_reasons": {"stop": 1, "length": 1}, "start_s": 45.0}
