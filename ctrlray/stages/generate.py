@@ -64,6 +64,9 @@ class GenerateBatch:
         """Answer one file of requests; its answers are written atomically before anything downstream sees them."""
         rows = [r for path in files["path"].to_pylist() for r in self._read(path)]
         ids = [r["response_id"] for r in rows]
+        part = _part(ids)
+        if self._out.exists("responses", f"{part}.parquet"):  # a lost node held it: Ray makes its blocks anew
+            return self._out.read_part("responses", part, schema.RESPONSES)
         kept = schema.RESPONSES.empty_table()
 
         def done() -> list[str]:
@@ -78,7 +81,7 @@ class GenerateBatch:
                 {"stage": "generate", "row_id": ids[i], "error": DIED, "detail": f"alone with it the engine ended: {words}"}
                 for i, words in killers.items()
             ]
-            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
+            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
             for row in bad:
                 warn(self._where, f"quarantined, {row['error']}: {row['detail']}", row["row_id"])
         return pa.concat_tables([kept, *tables])
@@ -93,7 +96,7 @@ class GenerateBatch:
             raise
         made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
         table = from_rows(made, schema.RESPONSES)
-        self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
+        self._out.write_table(table, "responses", _part(table["response_id"].to_pylist()))
         return table
 
     def _read(self, path: str) -> list[dict[str, Any]]:
@@ -112,6 +115,11 @@ class GenerateBatch:
             "weights_version": self._engine.weights_version,
             "prompt_tokens": len(request["prompt_token_ids"]),
         }
+
+
+def _part(ids: Sequence[str]) -> str:
+    """Name of the part that holds these rows."""
+    return f"part-{schema.digest(list(ids))}"
 
 
 def run(

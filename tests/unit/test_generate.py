@@ -103,6 +103,15 @@ def test_prefixes_are_fed_to_the_engine_and_belong_to_the_answer(tmp_path):
     assert out.read_table("responses", schema.RESPONSES).num_rows == 2
 
 
+def test_a_block_that_is_asked_for_again_is_not_answered_again(tmp_path):
+    """As Ray does when the node is lost that held it."""
+    batch, out = Batch(Storage(str(tmp_path))), Storage(str(tmp_path))
+    work = files(out, "why", "who")
+    first = batch(work)
+    asked = len(batch._engine.asked)
+    assert batch(work) == first and len(batch._engine.asked) == asked == 6
+
+
 def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch, caplog):
     def leave(code):
         raise SystemExit(code)

@@ -37,8 +37,8 @@ def stored(tmp_path, monkeypatch):
     return requests.PromptParts(out, "train")
 
 
-def expand(stored, out, settings, items):
-    actor = requests.ExpandRange(stored, settings, Bytes(), "f", MAX_PROMPT, out, NOWHERE)
+def expand(stored, out, settings, items, max_prompt=MAX_PROMPT):
+    actor = requests.ExpandRange(stored, settings, Bytes(), "f", max_prompt, out, NOWHERE)
     paths = [p for i in items for p in actor(pa.Table.from_pylist([i]))["path"].to_pylist()]
     return [read(out, p) for p in paths]
 
@@ -47,19 +47,20 @@ def read(out, path):
     return out.read_part("requests", path.rsplit("/", 1)[1].removesuffix(".parquet"), schema.REQUESTS).to_pylist()
 
 
-def everything(stored):
-    made, refused = requests.expand_requests(stored.table(), SEVEN, Bytes(), "f", MAX_PROMPT)
+def everything(stored, max_prompt=MAX_PROMPT):
+    made, refused = requests.expand_requests(stored.table(), SEVEN, Bytes(), "f", max_prompt)
     return made.to_pylist(), refused.to_pylist()
 
 
+@pytest.mark.parametrize(("max_prompt", "too_long"), [(MAX_PROMPT, 2), (12, 27)])
 @pytest.mark.parametrize("batch", [1, 2, 7, 100])
-def test_ranges_become_every_request_once_and_in_order(stored, tmp_path, batch):
-    made, refused = everything(stored)
-    assert len(stored.names) == 6 and len(made) == 23 * 3 - 2 and len(refused) == 2
+def test_ranges_become_every_request_once_and_in_order(stored, tmp_path, batch, max_prompt, too_long):
+    made, refused = everything(stored, max_prompt)
+    assert len(stored.names) == 6 and len(made) == 23 * 3 - too_long and len(refused) == too_long
     settings = SETTINGS.model_copy(update={"batch_size": batch})
     items = requests.ranges(stored, settings, "f", requests.keys([]))
     out = Storage(str(tmp_path / "g"))
-    blocks = expand(stored, out, settings, items)
+    blocks = expand(stored, out, settings, items, max_prompt)
     assert max(map(len, blocks)) <= batch
     assert [r for block in blocks for r in block] == made
     kept = out.read_table("quarantine", schema.QUARANTINE).to_pylist()
