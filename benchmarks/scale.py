@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import RESULTS, figure, store
-from benchmarks.simulation import BUSY, Bytes, Simulation, SimulatedGenerate
+from benchmarks.simulation import BUSY, Bytes, SimulatedGenerate, Simulation
 from ctrlray import config, schema
 from ctrlray.ledger import Silent
 from ctrlray.quiet import quiet_ray
@@ -250,6 +250,7 @@ def limits(runs: dict[int, dict[str, Any]], rate: float) -> list[str]:
     needs, gives = LARGE / block_s, 1 / cpu_s
     most = int(gives * block_s)
     enough = BATCH * max(needs / gives, 1)
+    block_mib = BATCH * 256 * 8 / MIB  # four bytes each for a token's id and for its text
     return [
         f"First the driver's CPU: {cpu_s * 1000:.1f} ms per block of answers, so {gives:.0f} blocks/s through one driver, of "
         f"whatever size. {LARGE:,} engines with a block of {BATCH} answers each {block_s:.1f} s bring {needs:.0f} blocks/s, "
@@ -259,11 +260,10 @@ def limits(runs: dict[int, dict[str, Any]], rate: float) -> list[str]:
         f"{FAST_BATCH} take {1e8 / FAST_BATCH * kib / 2**20:.1f} GiB.",
         f"GCS: {LARGE:,} engines are {LARGE:,} actors, with scorers and writers some {LARGE + LARGE // 32 + 40:,}; Ray's own "
         f"release tests reach {RAY_ACTORS:,} actors and {RAY_NODES:,} nodes.",
-        f"Object store: at most two batches wait at each engine, as file names; a block of {BATCH} answers of 256 tokens is about "
-        f"{BATCH * 256 * 8 / MIB:.1f} MiB, and {LARGE:,} of them {BATCH * 256 * 8 * LARGE / 2**30:.1f} GiB over all nodes. A slow "
-        "scorer fills it no further than Ray Data's budget.",
-        "Not measured here: the prompts stage and distill hold their tables in memory, so they need some GiB from a million rows "
-        "on.",
+        f"Object store: at most two batches wait at each engine, as file names. A block of {BATCH} answers of 256 tokens is about "
+        f"{block_mib:.1f} MiB, one for each of {LARGE:,} engines {block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow scorer "
+        "fills it no further than Ray Data's budget.",
+        "Not part of this: the prompts stage, the score stage's accounts and distill hold their tables in the driver's memory.",
     ]
 
 

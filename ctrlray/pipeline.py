@@ -358,7 +358,8 @@ def _score(current: Run, progress: Progress) -> StageResult:
     from ctrlray.stages import score
     from ctrlray.stages.requests import PromptParts
 
-    responses = current.out("generate").read_table("responses", schema.RESPONSES)
+    columns = ["response_id", "prompt_id", "text", "finish_reason"]  # token ids are most of the table
+    responses = current.out("generate").read_table("responses", schema.RESPONSES, columns)
     chats = PromptParts(current.out("prompts"), "train")
     return score.run(responses, chats, current.job, current.out("score"), progress)
 
