@@ -260,9 +260,9 @@ def limits(runs: dict[int, dict[str, Any]], rate: float) -> list[str]:
         f"{FAST_BATCH} take {1e8 / FAST_BATCH * kib / 2**20:.1f} GiB.",
         f"GCS: {LARGE:,} engines are {LARGE:,} actors, with scorers and writers some {LARGE + LARGE // 32 + 40:,}; Ray's own "
         f"release tests reach {RAY_ACTORS:,} actors and {RAY_NODES:,} nodes.",
-        f"Object store: at most two batches wait at each engine, as file names. A block of {BATCH} answers of 256 tokens is about "
-        f"{block_mib:.1f} MiB, one for each of {LARGE:,} engines {block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow scorer "
-        "fills it no further than Ray Data's budget.",
+        f"Object store: at most two batches wait at each engine, as file names. A block of {BATCH} answers of 256 tokens is "
+        f"about {block_mib:.1f} MiB, one for each of {LARGE:,} engines {block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow "
+        "scorer fills it no further than Ray Data's budget.",
         "Not part of this: the prompts stage, the score stage's accounts and distill hold their tables in the driver's memory.",
     ]
 
