@@ -82,7 +82,7 @@ def job(root):
         "generate": {
             "samples": 1,
             "batch_size": BATCH,
-            "pool": {"nodes": "spot", "cpus": 1.0, "min_size": 1, "max_size": ENGINES},
+            "pool": {"nodes": "spot", "cpus": 1.0, "gpus": 1.0, "min_size": 1, "max_size": ENGINES},
         },
         "score": {"pool": {"cpus": 0.2}},
     }
@@ -135,7 +135,7 @@ def main(folder):
     names = [f"question {i}" for i in range(PROMPTS - 1)] + ["last"]
     prompts = [{"prompt_id": n, "messages": [{"role": "user", "content": n}], "source": "s", "split": "train"} for n in names]
     (folder / "g" / NOTES).mkdir(parents=True)
-    node = {"resources": {"CPU": 1, "spot": 1, "object_store_memory": 150 * 2**20}, "node_config": {}}
+    node = {"resources": {"CPU": 1, "GPU": 1, "spot": 1, "object_store_memory": 150 * 2**20}, "node_config": {}}
     with FakeNodes(folder, {"spot": node | {"min_workers": 0, "max_workers": ENGINES}}):
         story = Story(gen)
         story.start()

@@ -17,10 +17,12 @@ import psutil
 import ray
 from ray._private.node import Node
 from ray._private.parameter import RayParams
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 ROOT = Path(__file__).parent.parent.parent
 IDLE_S = 6
 HEAD = "ray.head.default"
+AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
 
 
 class FakeNodes:
@@ -31,12 +33,15 @@ class FakeNodes:
         self._types = dict(node_types)
 
     def __enter__(self) -> FakeNodes:
-        os.environ |= {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "AUTOSCALER_HEARTBEAT_TIMEOUT_S": "10"}
-        os.environ["PYTHONPATH"] = str(ROOT)
+        of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
+        of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
+        os.environ |= of_all | of_head
         common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
         parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
         self._head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
         self._config.write_text(json.dumps(self._content(self._head.gcs_address)))
+        for name in of_head:
+            del os.environ[name]
         parameters.autoscaling_config = str(self._config)
         self._head.start_monitor()
         ray.init(address=self._head.gcs_address, log_to_driver=False, logging_level="ERROR")
@@ -51,7 +56,8 @@ class FakeNodes:
             "max_workers": sum(t["max_workers"] for t in self._types.values()),
             "upscaling_speed": 10.0,
             "idle_timeout_minutes": IDLE_S / 60,
-            "provider": {"type": "fake_multinode", "gcs_address": gcs_address, "launch_multiple": True},
+            "provider": {"type": "fake_multinode", "gcs_address": gcs_address, "launch_multiple": True}
+            | {"head_node_id": FAKE_HEAD_NODE_ID},
             "auth": {},
             "docker": {},
             "available_node_types": {HEAD: head, **self._types},
