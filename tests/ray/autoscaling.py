@@ -24,7 +24,7 @@ from ctrlray.quiet import quiet_ray
 from ctrlray.stages import generate, score
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows
-from tests.ray.fake_nodes import FakeNodes, alive, take_away, wait_until
+from tests.ray.fake_nodes import alive, fake_nodes, take_away, wait_until
 from tests.unit.test_generate import Bytes
 
 PROMPTS, BATCH, ENGINES, PATIENCE_S = 160, 2, 3, 150
@@ -136,7 +136,7 @@ def main(folder):
     prompts = [{"prompt_id": n, "messages": [{"role": "user", "content": n}], "source": "s", "split": "train"} for n in names]
     (folder / "g" / NOTES).mkdir(parents=True)
     node = {"resources": {"CPU": 1, "GPU": 1, "spot": 1, "object_store_memory": 150 * 2**20}, "node_config": {}}
-    with FakeNodes(folder, {"spot": node | {"min_workers": 0, "max_workers": ENGINES}}):
+    with fake_nodes(folder, {"spot": node | {"min_workers": 0, "max_workers": ENGINES}}):
         story = Story(gen)
         story.start()
         generate.GenerateBatch = Generate

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,51 +26,52 @@ HEAD = "ray.head.default"
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
 
 
-class FakeNodes:
-    """Use as a context manager: a head of one CPU, no other node; `node_types` are what the autoscaler may start."""
-
-    def __init__(self, folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> None:
-        self._config = folder / "cluster.json"
-        self._types = dict(node_types)
-
-    def __enter__(self) -> FakeNodes:
-        of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
-        of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
-        os.environ |= of_all | of_head
+@contextmanager
+def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """A head of one CPU and no other node, connected to; `node_types` are what the autoscaler may start."""
+    of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
+    of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
+    os.environ |= of_all | of_head
+    try:
         common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
         parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
-        self._head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
-        self._config.write_text(json.dumps(self._content(self._head.gcs_address)))
-        for name in of_head:
+        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        for name in of_head:  # the monitor passes its environment on to the nodes that it starts
             del os.environ[name]
-        parameters.autoscaling_config = str(self._config)
-        self._head.start_monitor()
-        ray.init(address=self._head.gcs_address, log_to_driver=False, logging_level="ERROR")
-        return self
-
-    def _content(self, gcs_address: str) -> dict[str, Any]:
-        head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
-        empty = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
-        starts = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
-        return {
-            "cluster_name": "fake",
-            "max_workers": sum(t["max_workers"] for t in self._types.values()),
-            "upscaling_speed": 10.0,
-            "idle_timeout_minutes": IDLE_S / 60,
-            "provider": {"type": "fake_multinode", "gcs_address": gcs_address, "launch_multiple": True}
-            | {"head_node_id": FAKE_HEAD_NODE_ID},
-            "auth": {},
-            "docker": {},
-            "available_node_types": {HEAD: head, **self._types},
-            "head_node_type": HEAD,
-            "file_mounts": {},
-            **{name: [] for name in (*empty, *starts)},
-        }
-
-    def __exit__(self, *_: object) -> None:
+        config = folder / "cluster.json"
+        config.write_text(json.dumps(cluster_file(head.gcs_address, node_types)))
+        parameters.autoscaling_config = str(config)
+        head.start_monitor()
+        ray.init(address=head.gcs_address, log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
         processes = psutil.Process().children(recursive=True)
         ray.shutdown()
         end(processes)
+
+
+def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+    commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    others = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+    return {
+        "cluster_name": "fake",
+        "max_workers": sum(t["max_workers"] for t in node_types.values()),
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs_address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+        },
+        "auth": {},
+        "docker": {},
+        "available_node_types": {HEAD: head, **node_types},
+        "head_node_type": HEAD,
+        "file_mounts": {},
+        **{name: [] for name in (*commands, *others)},
+    }
 
 
 def alive(resource: str) -> int:
