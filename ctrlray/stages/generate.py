@@ -36,11 +36,11 @@ from ctrlray.stages.requests import (
     ExpandRange,
     Keys,
     PromptParts,
+    all_keys,
     among,
     expand_requests,
     keys,
     ranges,
-    request_ids,
     write_blocks,
 )
 from ctrlray.tables import Storage, from_rows
@@ -140,9 +140,8 @@ def run(
     if isinstance(prompts, PromptParts) and len(prompts.names) <= 1:
         prompts = prompts.table()
     if isinstance(prompts, PromptParts):
-        asked = np.concatenate([keys(request_ids(prompts.ids(n), settings, fingerprint)) for n in prompts.names])
-        items = ranges(prompts, settings, fingerprint, done)
-        total, pending = asked.size, sum(i["rows"] - len(i["done"]) for i in items)
+        items, total = ranges(prompts, settings, fingerprint, done)
+        pending = sum(i["rows"] - len(i["done"]) for i in items)
         write = partial(_expanded, items, settings, (prompts, settings, renderer, fingerprint, max_prompt, out, current()))
     else:
         made, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
@@ -159,6 +158,8 @@ def run(
         progress.note("starting vLLM")
         stream = generate_stream(write(), out, settings, spec)
         consume(then(stream) if then else stream, progress, patience)
+    if isinstance(prompts, PromptParts):
+        asked = all_keys(prompts, settings, fingerprint)  # now, when no engine waits for it
     return _accounts(asked, out, settings.pool.max_size)
 
 

@@ -168,19 +168,31 @@ def request_ids(prompt_ids: Iterable[str], settings: config.Generate, fingerprin
     return [schema.response_id(p, behaviour, sample, fingerprint) for p in prompt_ids for behaviour, sample in samples]
 
 
-def ranges(prompts: PromptParts, settings: config.Generate, fingerprint: str, done: Keys) -> list[dict[str, Any]]:
-    """One range for each batch with something to be sampled; `done` in it are the numbers of what is not."""
-    found = []
+def ranges(
+    prompts: PromptParts, settings: config.Generate, fingerprint: str, done: Keys
+) -> tuple[list[dict[str, Any]], int]:
+    """One range for each batch with something to be sampled, and how many requests there are in all.
+
+    `done` in a range are the numbers of what is not to be sampled.
+    """
+    found, asked = [], 0
     for part in prompts.names:
         ids = prompts.ids(part)
         over = among(keys(request_ids(ids, settings, fingerprint)), done) if done.size else None
         total = len(ids) * settings.samples
+        asked += total
         for first in range(0, total, settings.batch_size):
             rows = min(settings.batch_size, total - first)
             left_out = [] if over is None else (first + np.flatnonzero(over[first : first + rows])).tolist()
             if len(left_out) < rows:
                 found.append({"part": part, "first": first, "rows": rows, "done": left_out})
-    return found
+    return found, asked
+
+
+def all_keys(prompts: PromptParts, settings: config.Generate, fingerprint: str) -> Keys:
+    """Of every request."""
+    parts = (keys(request_ids(prompts.ids(n), settings, fingerprint)) for n in prompts.names)
+    return np.concatenate(list(parts))
 
 
 def write_blocks(pending: pa.Table, out: Storage, rows: int) -> list[str]:

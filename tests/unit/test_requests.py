@@ -58,7 +58,8 @@ def test_ranges_become_every_request_once_and_in_order(stored, tmp_path, batch, 
     made, refused = everything(stored, max_prompt)
     assert len(stored.names) == 6 and len(made) == 23 * 3 - too_long and len(refused) == too_long
     settings = SETTINGS.model_copy(update={"batch_size": batch})
-    items = requests.ranges(stored, settings, "f", requests.keys([]))
+    items, total = requests.ranges(stored, settings, "f", requests.keys([]))
+    assert total == 23 * 3
     out = Storage(str(tmp_path / "g"))
     blocks = expand(stored, out, settings, items, max_prompt)
     assert max(map(len, blocks)) <= batch
@@ -71,7 +72,7 @@ def test_what_is_done_is_left_out_and_a_batch_without_work_is_no_range(stored, t
     made, _ = everything(stored)
     ids = [r["response_id"] for r in made]
     done = [*ids[:7], ids[9], *ids[-7:]]
-    items = requests.ranges(stored, SEVEN, "f", np.sort(requests.keys(done)))
+    items, _ = requests.ranges(stored, SEVEN, "f", np.sort(requests.keys(done)))
     blocks = expand(stored, Storage(str(tmp_path / "g")), SEVEN, items)
     assert all(blocks)
     assert [r["response_id"] for block in blocks for r in block] == [i for i in ids if i not in done]
