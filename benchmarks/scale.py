@@ -159,6 +159,8 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
             generate.patience("generate", made.cluster.stall_timeout_s, notes),
             then=lambda stream: score.score_stream(stream, made, made.teachers, table, scores),
         ).check("generate")
+        accounts = score.run(out, table, made, scores, Silent()).check("score")
+        assert accounts.rows_out == result.rows_out and accounts.facts, "scoring was to stream behind generation"
         found = {"wall_s": time.time() - began, "driver_cpu_s": time.process_time() - cpu}
     peaks = {"rss_mib": watch.rss_peak / MIB, "store_mib": watch.store_peak / MIB, "spilled_mib": watch.spilled / MIB}
     told = {"rows": result.rows_out, "blocks": len(out.names("responses")), "first_row_s": watch.first_row_s}
@@ -263,7 +265,7 @@ def limits(runs: dict[int, dict[str, Any]], rate: float) -> list[str]:
         f"Object store: at most two batches wait at each engine, as file names. A block of {BATCH} answers of 256 tokens is "
         f"about {block_mib:.1f} MiB, one for each of {LARGE:,} engines {block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow "
         "scorer fills it no further than Ray Data's budget.",
-        "Not part of this: the prompts stage, the score stage's accounts and distill hold their tables in the driver's memory.",
+        "Not part of this: the prompts stage and distill hold their tables in the driver's memory.",
     ]
 
 

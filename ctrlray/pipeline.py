@@ -358,10 +358,8 @@ def _score(current: Run, progress: Progress) -> StageResult:
     from ctrlray.stages import score
     from ctrlray.stages.requests import PromptParts
 
-    columns = ["response_id", "prompt_id", "text", "finish_reason"]  # token ids are most of the table
-    responses = current.out("generate").read_table("responses", schema.RESPONSES, columns)
     chats = PromptParts(current.out("prompts"), "train")
-    return score.run(responses, chats, current.job, current.out("score"), progress)
+    return score.run(current.out("generate"), chats, current.job, current.out("score"), progress)
 
 
 def _distill(current: Run, progress: Progress) -> StageResult:
