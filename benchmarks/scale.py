@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from benchmarks.common import RESULTS, figure, store
-from benchmarks.simulation import BUSY, Bytes, SimulatedGenerate, Simulation
+from benchmarks.simulation import BUSY, Bytes, Simulation
 from ctrlray import config, schema
 from ctrlray.ledger import Silent
 from ctrlray.quiet import quiet_ray
@@ -142,8 +142,8 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
         answer_tokens=TOKENS,
         answer_bytes=answer_bytes,
         engines=engines,
+        folder=out.uri,
     )
-    generate.GenerateBatch = SimulatedGenerate  # type: ignore[misc]
     table = PromptParts(Storage(f"{folder}/p"), "train")
     notes = generate.journals(out) + score.journals(made.teachers, scores)
     began, cpu = time.time(), time.process_time()

@@ -16,13 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ctrlray import config
-from ctrlray.clock import STARTS, note_start
+from ctrlray.clock import STARTS
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.schema import Message
-from ctrlray.stages import generate
-from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage
-from ctrlray.telemetry import Where
 
 BUSY = "busy"
 SLOW_S = 0.25
@@ -37,6 +34,12 @@ class Simulation(EngineSpec):
     answer_bytes: int = 100
     engines: int = 1
     """None answers before so many are up."""
+    folder: str = ""
+    """Of the stage."""
+
+    def build(self) -> Any:
+        """The engine that sleeps."""
+        return SleepingEngine(self)
 
     def seconds(self, rows: int) -> float:
         """What a batch takes."""
@@ -48,8 +51,8 @@ class SleepingEngine:
 
     weights_version = 0
 
-    def __init__(self, spec: Simulation, out: Storage) -> None:
-        self._spec, self._out = spec, out
+    def __init__(self, spec: Simulation) -> None:
+        self._spec, self._out = spec, Storage(spec.folder)
         self._worked: list[list[float]] = []
         self._share = float(np.random.default_rng(os.getpid()).uniform(0.05, 1.0))
         self._answer = ("word " * (spec.answer_bytes // 5 + 1))[: spec.answer_bytes]
@@ -71,16 +74,6 @@ class SleepingEngine:
     def decode(self, ids: Sequence[int]) -> str:
         """Of no prefix."""
         return ""
-
-
-class SimulatedGenerate(generate.GenerateBatch):
-    """ctrlray's own actor around an engine that sleeps."""
-
-    def __init__(self, spec: Simulation, sampling: config.Sampling, out: Storage, where: Where) -> None:
-        note_start(out, 0.0)
-        self._engine: Any = SleepingEngine(spec, out)
-        self._sampling, self._out, self._where = sampling, out, where
-        self._journal = Journal(out.sub(IN_FLIGHT))
 
 
 class Bytes:

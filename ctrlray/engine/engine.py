@@ -73,6 +73,10 @@ class EngineSpec:
         # in one process: the default spawns two more, and each imports vLLM again (48 s against 6 s)
         return self.device_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
+    def build(self) -> Engine:
+        """The engine, in this process; `environment` belongs in `os.environ` before."""
+        return Engine(self)
+
     def device_environment(self) -> dict[str, str]:
         """Of these, what does not depend on which processes the engine has."""
         common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}

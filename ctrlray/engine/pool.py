@@ -12,7 +12,7 @@ import ray
 
 from ctrlray.actors import GONE, ActorPool, Words, last_line
 from ctrlray.config import Pool, Sampling
-from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.landing import Landing
 from ctrlray.engine.probes import Expected, Held, compare
 from ctrlray.engine.transfer import Offer, Ranks, Received
@@ -28,7 +28,7 @@ class EngineHost:
 
     def __init__(self, spec: EngineSpec) -> None:
         os.environ.update(spec.environment())
-        self._engine = Engine(spec)
+        self._engine = spec.build()
 
     def ready(self) -> int:
         """Answers once the engine is up."""

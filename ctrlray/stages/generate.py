@@ -25,7 +25,7 @@ from ctrlray import config, schema
 from ctrlray.actors import last_line
 from ctrlray.clock import note_start, start_seconds
 from ctrlray.control import Renderer
-from ctrlray.engine.engine import Completion, Engine, EngineSpec
+from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
@@ -54,7 +54,7 @@ class GenerateBatch:
         os.environ.update(spec.environment())
         record_if_restarted(where, "engine")
         began = time.monotonic()
-        self._engine = Engine(spec)
+        self._engine = spec.build()
         note_start(out, time.monotonic() - began)
         self._sampling = sampling
         self._out, self._where = out, where
