@@ -1,8 +1,8 @@
 """Run by test_autoscaling in a process of its own: generation with scoring behind it on spot nodes that come and go.
 
 The cluster starts with none of them. Each engine notes when it is up and when it begins and ends a batch. The first batches
-wait for all engines that the pool may have; when each of them works, one node is taken away; the last batch waits for the pool
-to shrink to its minimum. What was seen is printed as one line of JSON.
+wait for all engines that the pool may have; after a quarter of the rows a node is taken away whose engine holds a batch; the
+last batch waits for the pool to shrink to its minimum. What was seen is printed as one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import ray
 
 from ctrlray import config, schema
@@ -51,6 +50,7 @@ class Engine:
         self.note("begin", prompts)
         if not (self._notes / "all_up").exists():
             wait_until((self._notes / "all_up").exists, PATIENCE_S)
+        wait_until(lambda: not (self._notes / "hold").exists(), PATIENCE_S)
         if any(b"last" in bytes(p) for p in prompts):
             wait_until((self._notes / "shrunk").exists, PATIENCE_S)
         time.sleep(0.5)
@@ -69,7 +69,8 @@ class Generate(generate.GenerateBatch):
 
 
 def length(conversations, responses):
-    time.sleep(0.1)
+    """Slower than three engines, so that answered blocks wait where they were made."""
+    time.sleep(0.3)
     return [float(len(r)) for r in responses]
 
 
@@ -120,12 +121,15 @@ class Story(threading.Thread):
         (self._folder / "shrunk").touch()
 
     def _take_one_away(self):
-        """The node of the engine that began a batch last, which it then holds."""
-        begun = [n for n in notes(self._folder) if n["what"] == "begin"]
-        victim = begun[-1]["pid"]
-        self.seen |= {"victim": victim, "victim_was_alive": psutil.pid_exists(victim)}
+        """The node of an engine that holds a batch."""
+        (self._folder / "hold").touch()
+        held = time.time()
+        holders = lambda: [n["pid"] for n in notes(self._folder) if n["what"] == "begin" and n["at"] > held]  # noqa: E731
+        wait_until(holders, PATIENCE_S)
+        victim = holders()[0]
         take_away(victim)
-        self.seen |= {"taken_at": time.time(), "finished_before": sorted(answered(self._out))}
+        self.seen |= {"victim": victim, "finished_before": sorted(answered(self._out)), "taken_at": time.time()}
+        (self._folder / "hold").unlink()
 
 
 def main(folder):

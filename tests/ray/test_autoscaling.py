@@ -62,7 +62,7 @@ def test_a_spot_node_that_is_taken_away_costs_only_its_unfinished_rows(seen, fol
     assert seen["rows_in"] == seen["rows_out"] == responses.num_rows == scores.num_rows == PROMPTS
     assert len(set(responses["prompt_id"].to_pylist())) == PROMPTS
     assert sorted(responses["response_id"].to_pylist()) == sorted(scores["response_id"].to_pylist())
-    assert seen["victim_was_alive"] and len(seen["finished_before"]) > PROMPTS // 4
+    assert len(seen["finished_before"]) > PROMPTS // 4
     again = rows(seen, "begin", after=seen["taken_at"])
     assert not set(again) & set(seen["finished_before"]), "finished rows were answered again"
     twice = [row for row, times in Counter(rows(seen, "begin")).items() if times > 1]
