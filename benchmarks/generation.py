@@ -101,7 +101,7 @@ def ctrlray_pass(spec: EngineSpec, prompts: list[list[int]], sampling: config.Sa
         blocks = generate.write_blocks(from_rows(rows, schema.REQUESTS), out, batch)
         generate.GenerateBatch, kept = TimedGenerate, generate.GenerateBatch  # type: ignore[misc]
         try:
-            stream = generate.generate_stream(blocks, out, settings, spec)
+            stream = generate.generate_stream(generate.files(blocks), out, settings, spec)
             tokens = sum(
                 sum(map(len, b["token_ids"].to_pylist())) for b in stream.iter_batches(batch_size=None, batch_format="pyarrow")
             )

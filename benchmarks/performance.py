@@ -75,6 +75,8 @@ def _section(benchmark: Benchmark, result: Mapping[str, Any]) -> list[str]:
         "|---|---|---|---|",
         *(f"| {f['name']} | {f['target']} | {_measured(f)} | {_verdict(f['met'])} |" for f in result["figures"]),
         "",
+        *(f"- {note}" for note in result.get("notes", ())),
+        *([""] if result.get("notes") else ()),
         f"Commit {result['commit']}; {machine['cpu']}, {machine['cores']} cores, {machine['memory']}, "
         f"bfloat16 {machine['bfloat16']}; {packages}. `ctrlray bench {benchmark.name}`",
         "",

@@ -334,9 +334,9 @@ def _prompts(current: Run, progress: Progress) -> StageResult:
 
 def _generate(current: Run, progress: Progress) -> StageResult:
     from ctrlray.stages import generate, score
+    from ctrlray.stages.requests import PromptParts
 
-    prompts = current.prompts("train")
-    chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
+    prompts = PromptParts(current.out("prompts"), "train")
     here, out = current.out("generate"), current.out("score")
     streams = "score" in current.stages
     notes = generate.journals(here) + (score.journals(current.job.teachers, out) if streams else [])
@@ -350,16 +350,16 @@ def _generate(current: Run, progress: Progress) -> StageResult:
         here,
         progress,
         generate.patience("generate", current.job.cluster.stall_timeout_s, notes),
-        then=(lambda stream: score.score_stream(stream, current.job, current.job.teachers, chats, out)) if streams else None,
+        then=(lambda stream: score.score_stream(stream, current.job, current.job.teachers, prompts, out)) if streams else None,
     )
 
 
 def _score(current: Run, progress: Progress) -> StageResult:
     from ctrlray.stages import score
+    from ctrlray.stages.requests import PromptParts
 
-    responses = current.out("generate").read_table("responses", schema.RESPONSES)
-    chats = {p["prompt_id"]: p["messages"] for p in current.prompts("train").to_pylist()}
-    return score.run(responses, chats, current.job, current.out("score"), progress)
+    chats = PromptParts(current.out("prompts"), "train")
+    return score.run(current.out("generate"), chats, current.job, current.out("score"), progress)
 
 
 def _distill(current: Run, progress: Progress) -> StageResult:

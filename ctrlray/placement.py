@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 from ctrlray import config, memory
 from ctrlray.errors import ConfigError
 from ctrlray.memory import Shape
+from ctrlray.schema import PROMPTS_PER_PART
 
 WRITE_CPUS = 0.05
-"""Logical CPUs of the score writer, which idles beside engines and rewards."""
+"""Logical CPUs of the score writer and of a request writer, which idle beside engines and rewards."""
+_ENGINES_PER_EXPANDER = 32
 CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
 JUDGING = "evaluate: judges"
@@ -79,6 +81,7 @@ def plan(
     ppo = any(isinstance(o, config.PPO) for o in job.train.objectives)
     return [
         _engines(job, first, engines.min_size if least else engines.max_size, shape),
+        *_expanding(job, first),
         *_scoring(job, first, job.teachers, scorers, known),
         _workers(job, "train", shape),
         *(_reinforcing(job, shape, known) if ppo else []),
@@ -86,6 +89,19 @@ def plan(
         Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
         *(_scoring(job, JUDGING, job.judges, scorers, known) if job.judges else []),
     ]
+
+
+def _expanding(job: config.Job, phase: str) -> list[Group]:
+    """Actors that render requests, where the prompts are more than the driver renders itself."""
+    if job.prompts.train + job.prompts.eval <= PROMPTS_PER_PART:
+        return []
+    writers = expanders(job.generate.pool.max_size)
+    return [Group(phase, "request writer", writers, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
+
+
+def expanders(engines: int) -> int:
+    """How many actors render requests for so many engines: each renders some thousand a second."""
+    return 1 + engines // _ENGINES_PER_EXPANDER
 
 
 def _scoring(

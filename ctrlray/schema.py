@@ -19,6 +19,8 @@ VERSION = 1
 FINISHED = ("stop", "sentence")
 """Finish reasons of complete answers: ended by the model, or cut back to their last complete sentence. Else `length`."""
 ROLES = ("system", "user", "assistant", "tool")
+PROMPTS_PER_PART = 4096
+"""Rows of a part of the prompts table; what works on a large one reads a part at a time."""
 
 
 class Message(TypedDict):
@@ -227,6 +229,11 @@ def digest(*parts: Any, length: int = 16) -> str:
 def prompt_id(messages: Sequence[Message]) -> str:
     """Identity of a conversation: its roles and contents in order."""
     return digest([[m["role"], m["content"]] for m in messages])
+
+
+def part_of(first_prompt: str) -> str:
+    """Name of the part of the prompts table that begins with this prompt."""
+    return f"part-{first_prompt}"
 
 
 def response_id(prompt: str, behaviour: str, sample: int, fingerprint: str) -> str:

@@ -6,14 +6,14 @@ import errno
 import json
 import os
 import uuid
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from pyarrow import fs
@@ -138,10 +138,17 @@ class Storage:
 
     def read_table(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """All parts of a table, in part order; empty when none was written. Checks table name and schema version."""
-        files = self.names(name, suffix=".parquet")
-        if not files:
+        if not (files := self.names(name, suffix=".parquet")):
             empty = schema.empty_table()
             return empty.select(columns) if columns else empty
+        return self._dataset(name, files, schema, columns).to_table(columns=columns)
+
+    def batches(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """The rows of `read_table` a batch at a time, for tables that do not fit into memory."""
+        if files := self.names(name, suffix=".parquet"):
+            yield from self._dataset(name, files, schema, columns).to_batches(columns=columns)
+
+    def _dataset(self, name: str, files: list[str], schema: pa.Schema, columns: list[str] | None) -> Any:
         first = pq.read_schema(self.path(name, files[0]), filesystem=self.filesystem)
         found = (first.metadata or {}).get(b"ctrlray.version", b"?").decode()
         if found != str(VERSION):
@@ -150,25 +157,25 @@ class Storage:
         if missing:
             raise DataError(f"{self.uri}/{name}: lacks the columns {missing}; rerun the stage that writes it")
         parts = [self.path(name, f) for f in files]
-        data = pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
-        return data.to_table(columns=columns)
+        return pyarrow.dataset.dataset(parts, filesystem=self.filesystem, schema=schema, format="parquet")
 
     def check_unique(self, name: str, schema: pa.Schema, column: str) -> None:
         """Raise DataError, naming the parts, when a table holds a row twice."""
-        if len(set(ids := self.read_table(name, schema, [column])[column].to_pylist())) == len(ids):
+        ids = self.read_table(name, schema, [column])[column]
+        if (extra := len(ids) - pc.count_distinct(ids).as_py()) == 0:
             return
-        first = next(key for key, number in Counter(ids).items() if number > 1)
+        first = next(found["values"] for found in ids.value_counts().to_pylist() if found["counts"] > 1)
         files = self.names(name, suffix=".parquet")
         where = [f for f in files if first in self.read_part(name, f.removesuffix(".parquet"), schema)[column].to_pylist()]
         raise DataError(
-            f"{self.uri}/{name}: {len(ids) - len(set(ids))} rows are there more than once, among them {first} in {where}. A "
-            "process that was taken for dead wrote late; delete all but one of those parts and run the same command again"
+            f"{self.uri}/{name}: {extra} rows are there more than once, among them {first} in {where}. A process that was taken "
+            "for dead wrote late; delete all but one of those parts and run the same command again"
         )
 
-    def read_part(self, name: str, part: str, schema: pa.Schema) -> pa.Table:
+    def read_part(self, name: str, part: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
         """One part of a table."""
         with self.filesystem.open_input_file(self.path(name, f"{part}.parquet")) as source:
-            return pq.read_table(source, schema=schema)
+            return pq.read_table(source, schema=schema, columns=columns)
 
 
 def from_rows(rows: Iterable[dict[str, Any]], schema: pa.Schema) -> pa.Table:

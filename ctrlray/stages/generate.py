@@ -12,8 +12,10 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -22,15 +24,26 @@ import ray.data
 from ctrlray import config, schema
 from ctrlray.actors import last_line
 from ctrlray.clock import note_start, start_seconds
-from ctrlray.control import Renderer, with_system
+from ctrlray.control import Renderer
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
-from ctrlray.placement import on_nodes
+from ctrlray.placement import WRITE_CPUS, expanders, on_nodes
 from ctrlray.stages.journal import IN_FLIGHT, Journal
-from ctrlray.tables import Storage, from_rows, slices
+from ctrlray.stages.requests import (
+    ExpandRange,
+    Keys,
+    PromptParts,
+    all_keys,
+    among,
+    expand_requests,
+    keys,
+    ranges,
+    write_blocks,
+)
+from ctrlray.tables import Storage, from_rows
 from ctrlray.telemetry import Where, current, record_if_restarted, warn
 
 
@@ -51,12 +64,15 @@ class GenerateBatch:
         """Answer one file of requests; its answers are written atomically before anything downstream sees them."""
         rows = [r for path in files["path"].to_pylist() for r in self._read(path)]
         ids = [r["response_id"] for r in rows]
+        part = _part(ids)
+        if self._out.exists("responses", f"{part}.parquet"):  # a lost node held it: Ray makes its blocks anew
+            return self._out.read_part("responses", part, schema.RESPONSES)
         kept = schema.RESPONSES.empty_table()
 
         def done() -> list[str]:
             nonlocal kept
-            kept = self._out.read_table("responses", schema.RESPONSES)
-            kept = kept.filter(pc.is_in(kept["response_id"], pa.array(ids)))
+            mine = (b.filter(pc.is_in(b["response_id"], pa.array(ids))) for b in self._out.batches("responses", schema.RESPONSES))
+            kept = pa.Table.from_batches(list(mine), schema.RESPONSES)
             return list(kept["response_id"].to_pylist())
 
         tables, killers = self._journal.run(ids, lambda group: self._answer([rows[i] for i in group]), done)
@@ -65,7 +81,7 @@ class GenerateBatch:
                 {"stage": "generate", "row_id": ids[i], "error": DIED, "detail": f"alone with it the engine ended: {words}"}
                 for i, words in killers.items()
             ]
-            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"part-{schema.digest(ids)}")
+            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
             for row in bad:
                 warn(self._where, f"quarantined, {row['error']}: {row['detail']}", row["row_id"])
         made = pa.concat_tables([kept, *tables])
@@ -86,7 +102,7 @@ class GenerateBatch:
             os._exit(1)
         made = (self._response(r, samples[0]) for r, samples in zip(rows, answers, strict=True))
         table = from_rows(made, schema.RESPONSES)
-        self._out.write_table(table, "responses", f"part-{schema.digest(table['response_id'].to_pylist())}")
+        self._out.write_table(table, "responses", _part(table["response_id"].to_pylist()))
         return table
 
     def _read(self, path: str) -> list[dict[str, Any]]:
@@ -107,44 +123,13 @@ class GenerateBatch:
         }
 
 
-def expand_requests(
-    prompts: pa.Table, settings: config.Generate, renderer: Renderer, fingerprint: str, max_prompt: int
-) -> tuple[pa.Table, pa.Table]:
-    """Every answer to be sampled, and the quarantine rows of prompts that do not fit in the context.
-
-    Samples are dealt over the behaviours in order: with 6 samples and 4 behaviours the first two are used twice. Requests
-    are ordered by prompt, so that the samples of one prompt meet in one batch and share its cached prefix.
-    """
-    requests, refused = [], []
-    prefixes = {b.name: renderer.text_ids(b.prefix) for b in settings.behaviours}
-    limits = {b.name: b.max_tokens or settings.sampling.max_tokens for b in settings.behaviours}
-    for prompt in prompts.to_pylist():
-        rendered = {b.name: renderer.render(with_system(prompt["messages"], b.system)) for b in settings.behaviours}
-        for i in range(settings.samples):
-            behaviour = settings.behaviours[i % len(settings.behaviours)].name
-            sample = i // len(settings.behaviours)
-            ids, prefix = rendered[behaviour], prefixes[behaviour]
-            key = schema.response_id(prompt["prompt_id"], behaviour, sample, fingerprint)
-            if len(ids) + len(prefix) > max_prompt:
-                detail = f"prompt {prompt['prompt_id']} has {len(ids)} tokens, the context leaves room for {max_prompt}"
-                refused.append({"stage": "generate", "row_id": key, "error": "prompt_too_long", "detail": detail})
-                continue
-            requests.append(
-                {
-                    "response_id": key,
-                    "prompt_id": prompt["prompt_id"],
-                    "behaviour": behaviour,
-                    "sample": sample,
-                    "prompt_token_ids": ids,
-                    "prefix_token_ids": prefix,
-                    "max_tokens": limits[behaviour],
-                }
-            )
-    return from_rows(requests, schema.REQUESTS), from_rows(refused, schema.QUARANTINE)
+def _part(ids: Sequence[str]) -> str:
+    """Name of the part that holds these rows."""
+    return f"part-{schema.digest(list(ids))}"
 
 
 def run(
-    prompts: pa.Table,
+    prompts: pa.Table | PromptParts,
     settings: config.Generate,
     spec: EngineSpec,
     renderer: Renderer,
@@ -156,35 +141,69 @@ def run(
 ) -> StageResult:
     """Sample all answers that `out` lacks. `then` extends the stream, for example by scoring behind generation."""
     max_prompt = spec.max_context - settings.sampling.max_tokens
-    requests, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
     Journal(out.sub(IN_FLIGHT)).clear()
-    done = set(out.read_table("responses", schema.RESPONSES, ["response_id"])["response_id"].to_pylist())
-    done |= {r["row_id"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
-    pending = requests.filter(pa.array([r not in done for r in requests["response_id"].to_pylist()], pa.bool_()))
-    progress.total(requests.num_rows)
-    progress.advance(requests.num_rows - pending.num_rows)
-    if refused.num_rows:
-        out.write_table(refused, "quarantine")
-    if pending.num_rows:
+    done = _done(out)
+    if isinstance(prompts, PromptParts) and len(prompts.names) <= 1:
+        prompts = prompts.table()
+    if isinstance(prompts, PromptParts):
+        items, total = ranges(prompts, settings, fingerprint, done)
+        pending = sum(i["rows"] - len(i["done"]) for i in items)
+        write = partial(_expanded, items, settings, (prompts, settings, renderer, fingerprint, max_prompt, out, current()))
+    else:
+        made, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
+        if refused.num_rows:
+            out.write_table(refused, "quarantine")
+        ids = keys(made["response_id"].to_pylist())
+        asked = np.concatenate([ids, keys(refused["row_id"].to_pylist())])
+        todo = made.filter(pa.array(~among(ids, done)))
+        total, pending = made.num_rows, todo.num_rows
+        write = partial(_written, todo, settings, out)
+    progress.total(total)
+    progress.advance(total - pending)
+    if pending:
         progress.note("starting vLLM")
-        blocks = write_blocks(pending, out, settings.batch_size)
-        stream = generate_stream(blocks, out, settings, spec)
+        stream = generate_stream(write(), out, settings, spec)
         consume(then(stream) if then else stream, progress, patience)
-    return _accounts(requests, refused.num_rows, out, settings.pool.max_size)
+    if isinstance(prompts, PromptParts):
+        asked = all_keys(prompts, settings, fingerprint)  # now, when no engine waits for it
+    return _accounts(asked, out, settings.pool.max_size)
 
 
-def write_blocks(pending: pa.Table, out: Storage, rows: int) -> list[str]:
-    """Write pending requests as one file per batch: each file becomes one block, so that work streams."""
-    name = f"requests-{schema.digest(pending['response_id'].to_pylist())}"
-    for i, block in enumerate(slices(pending, rows)):
-        out.write_table(block, name, f"part-{i:06d}")
-    return [out.path(name, f) for f in out.names(name, suffix=".parquet")]
+def _done(out: Storage) -> Keys:
+    """What was answered or quarantined before."""
+    answered = [keys(b["response_id"].to_pylist()) for b in out.batches("responses", schema.RESPONSES, ["response_id"])]
+    bad = keys(out.read_table("quarantine", schema.QUARANTINE)["row_id"].to_pylist())
+    return np.unique(np.concatenate([*answered, bad]))
 
 
-def generate_stream(blocks: Sequence[str], out: Storage, settings: config.Generate, spec: EngineSpec) -> ray.data.Dataset:
+def _written(pending: pa.Table, settings: config.Generate, out: Storage) -> ray.data.Dataset:
+    """Files of requests that the driver writes."""
+    return files(write_blocks(pending, out, settings.batch_size))
+
+
+def _expanded(items: Sequence[Mapping[str, Any]], settings: config.Generate, recipe: tuple[Any, ...]) -> ray.data.Dataset:
+    """Files of requests that actors write while others are answered."""
+    rows = ray.data.from_items(list(items), override_num_blocks=len(items))
+    writers = expanders(settings.pool.max_size)
+    return rows.map_batches(
+        ExpandRange,
+        fn_constructor_args=recipe,
+        batch_size=1,
+        batch_format="pyarrow",
+        **actor_options(config.Pool(min_size=writers, max_size=writers, cpus=WRITE_CPUS)),
+    )
+
+
+def files(blocks: Sequence[str]) -> ray.data.Dataset:
+    """Files of requests, each a block of its own."""
+    return ray.data.from_items([{"path": path} for path in blocks], override_num_blocks=len(blocks))
+
+
+def generate_stream(
+    requests: ray.data.Dataset, out: Storage, settings: config.Generate, spec: EngineSpec
+) -> ray.data.Dataset:
     """The lazy stream of answered blocks: one file of requests is one block, read by the engine's own actor."""
-    files = ray.data.from_items([{"path": path} for path in blocks], override_num_blocks=len(blocks))
-    return files.map_batches(
+    return requests.map_batches(
         GenerateBatch,
         fn_constructor_args=(spec, settings.sampling, out, current()),
         batch_size=1,
@@ -242,14 +261,20 @@ def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) ->
         raise ClusterError(f"{patience.stage}: {what}; it ended with: {last_line(error)}. What is finished is kept.") from error
 
 
-def _accounts(requests: pa.Table, num_refused: int, out: Storage, engines: int) -> StageResult:
+def _accounts(asked: Keys, out: Storage, engines: int) -> StageResult:
     out.check_unique("responses", schema.RESPONSES, "response_id")
-    made = out.read_table("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"])
-    wanted = set(requests["response_id"].to_pylist())
-    unique = {r["response_id"]: r for r in made.to_pylist() if r["response_id"] in wanted}
+    reasons: dict[str, int] = {}
+    answered, tokens, ended = [keys([])], [np.zeros(0, np.int32)], [np.zeros(0, np.int8)]
+    for batch in out.batches("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"]):
+        answered.append(keys(batch["response_id"].to_pylist()))
+        tokens.append(batch["token_ids"].value_lengths().to_numpy(zero_copy_only=False))
+        ended.append(np.array([reasons.setdefault(r, len(reasons)) for r in batch["finish_reason"].to_pylist()], np.int8))
+    known, first = np.unique(np.concatenate(answered), return_index=True)
+    rows = first[among(known, np.sort(asked))]
     bad = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
-    quarantined = dict(Counter(error for key, error in bad.items() if key not in unique))
-    reasons = dict(Counter(r["finish_reason"] for r in unique.values()))
-    tokens = sum(len(r["token_ids"]) for r in unique.values())
-    facts = {"finish_reasons": reasons, "start_s": round(start_seconds(out) / engines, 1)}  # engines start side by side
-    return StageResult(requests.num_rows + num_refused, len(unique), {}, quarantined, tokens, facts)
+    lost = ~among(keys(list(bad)), known)
+    quarantined = dict(Counter(error for error, is_lost in zip(bad.values(), lost, strict=True) if is_lost))
+    counts = np.bincount(np.concatenate(ended)[rows], minlength=len(reasons))
+    finished = {name: int(counts[code]) for name, code in reasons.items() if counts[code]}
+    facts = {"finish_reasons": finished, "start_s": round(start_seconds(out) / engines, 1)}  # engines start side by side
+    return StageResult(asked.size, rows.size, {}, quarantined, int(np.concatenate(tokens)[rows].sum()), facts)

@@ -19,7 +19,7 @@ from ctrlray.errors import ConfigError, DataError
 from ctrlray.hh import parse_dialogue
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.schema import Message
-from ctrlray.tables import Storage, from_rows
+from ctrlray.tables import Storage, from_rows, slices
 
 _COLUMNS = ("messages", "prompt", "question", "instruction", "text", "turns")
 
@@ -55,7 +55,9 @@ def run(settings: config.Prompts, seed: int, out: Storage, progress: Progress) -
         kept[key] = {"prompt_id": key, "messages": row.messages, "source": row.name.split("#")[0]}
     chosen = _split(list(kept.values()), settings, seed)
     dropped += ["not_needed"] * (len(kept) - len(chosen))
-    out.write_table(from_rows(sorted(chosen, key=lambda r: r["prompt_id"]), schema.PROMPTS), "prompts")
+    table = from_rows(sorted(chosen, key=lambda r: r["prompt_id"]), schema.PROMPTS)
+    for part in slices(table, schema.PROMPTS_PER_PART):
+        out.write_table(part, "prompts", schema.part_of(part["prompt_id"][0].as_py()))
     if bad:
         out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
     progress.total(rows_in)

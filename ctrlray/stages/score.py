@@ -6,7 +6,7 @@ The same actors score a finished table, a stream behind generation, and the eval
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from ctrlray.rewards.rows import by_length, died, score_rows, yield_to_engines
 from ctrlray.schema import Message
 from ctrlray.stages.generate import actor_options, consume, patience
 from ctrlray.stages.journal import IN_FLIGHT, Journal
+from ctrlray.stages.requests import Keys, among, keys
 from ctrlray.tables import Storage, from_rows, slices
 from ctrlray.telemetry import NOWHERE, Where, current, record_if_restarted, warn
 
@@ -143,7 +144,7 @@ def score_stream(
     rows: ray.data.Dataset, job: config.Job, rewards: Sequence[config.Reward], conversations: Conversations, out: Storage
 ) -> ray.data.Dataset:
     """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
-    shared = ray.put(dict(conversations))
+    shared = ray.put(conversations)
     Journal(out.sub(IN_FLIGHT)).clear()
     for reward, journal in zip(rewards, journals(rewards, out), strict=True):
         rows = rows.map_batches(
@@ -163,23 +164,50 @@ def score_stream(
     )
 
 
-def run(responses: pa.Table, conversations: Conversations, job: config.Job, out: Storage, progress: Progress) -> StageResult:
-    """Score all answers that `out` lacks. Answers cut off at max_tokens are dropped unless the job keeps them."""
-    finished = scorable(responses, job)
+def run(
+    responses: pa.Table | Storage, conversations: Conversations, job: config.Job, out: Storage, progress: Progress
+) -> StageResult:
+    """Score all answers that `out` lacks. Answers cut off at max_tokens are dropped unless the job keeps them.
+
+    Of `responses` where they are stored, only those without a score are held in memory.
+    """
     names = job_attributes(job)
-    done = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist())
+    scored = _scored(out, names)
     failed = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
-    ids = finished["response_id"].to_pylist()
-    pending = finished.filter(pa.array([i not in done and i not in failed for i in ids], pa.bool_()))
-    progress.total(finished.num_rows)
-    progress.advance(finished.num_rows - pending.num_rows)
-    if pending.num_rows:
+    total, finished, pending = 0, [keys([])], []
+    for batch in _answers(responses):
+        mine = scorable(batch, job)
+        ids = mine["response_id"].to_pylist()
+        total += batch.num_rows
+        finished.append(keys(ids))
+        todo = ~among(finished[-1], scored) & np.array([i not in failed for i in ids], np.bool_)
+        pending.append(mine.filter(pa.array(todo)).select(["response_id", "prompt_id", "text"]))
+    wanted = np.sort(np.concatenate(finished))
+    left = pa.Table.from_batches([b for b in pending if b.num_rows], pending[0].schema) if pending else None
+    num_left = left.num_rows if left else 0
+    progress.total(wanted.size)
+    progress.advance(wanted.size - num_left)
+    if left:
         progress.note("starting reward actors")
-        blocks = slices(pending.select(["response_id", "prompt_id", "text"]), job.score.batch_size)
+        blocks = slices(left, job.score.batch_size)
         stream = score_stream(ray.data.from_arrow(blocks), job, job.teachers, conversations, out)
         consume(stream, progress, patience_of("score", job, job.teachers, out))
-    streamed = bool(finished.num_rows) and not pending.num_rows
-    return _accounts(responses, finished, names, out, {"streamed_behind": "generate"} if streamed else {})
+    facts = {"streamed_behind": "generate"} if wanted.size and not num_left else {}
+    out.check_unique("scores", schema.scores(names), "response_id")
+    return _accounts(total, wanted, _scored(out, names), out, facts)
+
+
+def _answers(responses: pa.Table | Storage) -> Iterator[pa.RecordBatch]:
+    columns = ["response_id", "prompt_id", "text", "finish_reason"]
+    if isinstance(responses, Storage):
+        return responses.batches("responses", schema.RESPONSES, columns)
+    return iter(responses.select(columns).to_batches())
+
+
+def _scored(out: Storage, names: Sequence[str]) -> Keys:
+    """Answers with scores."""
+    parts = [keys(b["response_id"].to_pylist()) for b in out.batches("scores", schema.scores(names), ["response_id"])]
+    return np.unique(np.concatenate([keys([]), *parts]))
 
 
 def score_answers(
@@ -228,7 +256,7 @@ def score_answers(
     return scores, errors
 
 
-def scorable(responses: pa.Table, job: config.Job) -> pa.Table:
+def scorable(responses: pa.RecordBatch, job: config.Job) -> pa.RecordBatch:
     """Answers that get a score: the finished ones, or all when the job keeps truncated answers."""
     if job.distill.keep_truncated:
         return responses
@@ -240,17 +268,11 @@ def job_attributes(job: config.Job) -> list[str]:
     return [a.name for a in job.control.attributes]
 
 
-def _accounts(
-    responses: pa.Table, finished: pa.Table, names: Sequence[str], out: Storage, facts: Mapping[str, str]
-) -> StageResult:
-    out.check_unique("scores", schema.scores(names), "response_id")
-    wanted = set(finished["response_id"].to_pylist())
-    scored = set(out.read_table("scores", schema.scores(names), ["response_id"])["response_id"].to_pylist()) & wanted
-    failed = {
-        r["row_id"]: r["error"]
-        for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()
-        if r["row_id"] in wanted and r["row_id"] not in scored
-    }
-    truncated = responses.num_rows - finished.num_rows
-    dropped = {"truncated": truncated} if truncated else {}
-    return StageResult(responses.num_rows, len(scored), dropped, dict(Counter(failed.values())), facts=facts)
+def _accounts(total: int, wanted: Keys, scored: Keys, out: Storage, facts: Mapping[str, str]) -> StageResult:
+    """Of so many answers, of which those in `wanted`, which is sorted, should have scores."""
+    bad = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    theirs = keys(list(bad))
+    lost = among(theirs, wanted) & ~among(theirs, scored)
+    failed = Counter(error for error, is_lost in zip(bad.values(), lost, strict=True) if is_lost)
+    dropped = {"truncated": total - wanted.size} if total > wanted.size else {}
+    return StageResult(total, int(among(scored, wanted).sum()), dropped, dict(failed), facts=facts)

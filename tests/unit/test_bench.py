@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import __main__ as runner
-from benchmarks import performance, pipeline, registry, scoring
+from benchmarks import performance, pipeline, registry, scale, scoring
 from benchmarks.common import figure
 from ctrlray import bench
 from ctrlray.errors import ConfigError
@@ -103,3 +103,26 @@ def test_a_clock_does_not_count_the_first_block():
     clock = scoring.Clock()
     clock.blocks = [(5.0, 64), (7.0, 64), (9.0, 32)]
     assert clock.rate == 24.0
+
+
+def test_efficiency_counts_work_between_all_up_and_the_first_out_of_work():
+    """From 5 to 30: 24 of 25 seconds of the first engine, which waits from 20 to 21, and all 25 of the second."""
+    first, second = [[0, 10], [10, 10], [21, 9]], [[5, 5], [10, 10], [20, 15]]
+    assert scale.efficiency([first, second]) == pytest.approx(49 / 50)
+    assert scale.efficiency([second]) == pytest.approx(1.0)
+
+
+def test_limits_name_how_many_engines_one_driver_carries():
+    """10 ms of the driver per block are 100 blocks/s; engines that take 10 s for a block are 1,000 of them."""
+    few = {"driver_cpu_s": 5.0, "blocks": 100, "rss_mib": 300.0}
+    many = {"driver_cpu_s": 15.0, "blocks": 1100, "rss_mib": 310.0}
+    first, memory, *_ = scale.limits({10: few, 1000: many}, rate=scale.BATCH * scale.TOKENS / 10)
+    assert "10.0 ms per block" in first and "One driver carries 1,000 such engines" in first
+    assert "10.2 KiB per block beside a base of 300 MiB" in memory
+
+
+def test_notes_of_a_benchmark_stand_on_the_page():
+    facts = {"cpu": "c", "cores": "2", "memory": "24 GiB", "bfloat16": "native"}
+    result = {"figures": [figure("f", "recorded", 1.0, None)], "machine": facts, "versions": {}, "commit": "abc"}
+    assert "- breaks first" in performance.page({"scale": result | {"notes": ["breaks first"]}})
+    assert "- breaks first" not in performance.page({"scale": result})

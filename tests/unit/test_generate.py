@@ -103,6 +103,15 @@ def test_prefixes_are_fed_to_the_engine_and_belong_to_the_answer(tmp_path):
     assert out.read_table("responses", schema.RESPONSES).num_rows == 2
 
 
+def test_a_block_that_is_asked_for_again_is_not_answered_again(tmp_path):
+    """As Ray does when the node is lost that held it."""
+    batch, out = Batch(Storage(str(tmp_path))), Storage(str(tmp_path))
+    work = files(out, "why", "who")
+    first = batch(work)
+    asked = len(batch._engine.asked)
+    assert batch(work) == first and len(batch._engine.asked) == asked == 6
+
+
 def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch, caplog):
     def leave(code):
         raise SystemExit(code)
@@ -194,10 +203,10 @@ def test_accounts_count_every_request_once(tmp_path):
     out.write_table(from_rows([response("stranger")], schema.RESPONSES), "responses", "part-1")
     bad = [quarantined(b, "process_died"), quarantined(c, "process_died"), quarantined("long", "prompt_too_long")]
     out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
-    made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
+    asked = generate.keys([a, b, c, "long"])
     for seconds in (30.0, 40.0, 20.0):  # two engines, one of them started twice
         note_start(out, seconds)
-    result = generate._accounts(made, 1, out, 2).check("generate")
+    result = generate._accounts(asked, out, 2).check("generate")
     assert (result.rows_in, result.rows_out, result.tokens) == (4, 2, 8)
     assert result.quarantined == {"process_died": 1, "prompt_too_long": 1}
     assert result.facts == {"finish_reasons": {"stop": 1, "length": 1}, "start_s": 45.0}

@@ -56,6 +56,15 @@ def test_the_quickstart_fits_on_two_cores():
     assert misfit(load(), plan(load()), [Node(2, 0, 0.9)]) is not None  # processes alone need more
 
 
+def test_more_prompts_than_one_part_take_actors_that_render_them():
+    def writers(*overrides):
+        return sum(g.actors for g in plan(load(*overrides)) if g.operator == "request writer")
+
+    assert writers("prompts.train=4000", "prompts.eval=96") == 0
+    assert writers("prompts.train=4000", "prompts.eval=97") == 1
+    assert writers("prompts.train=5000", "generate.pool.max_size=64") == 3
+
+
 TENSOR_PARALLEL = ["generate.pool.gpus=1", "generate.engine.tensor_parallel=4"]
 THREE_ENGINES = ["generate.pool.min_size=3", "generate.pool.max_size=3", "generate.pool.cpus=1"]
 BIG_WORKERS = ["train.workers=3", "train.cpus_per_worker=1.5"]

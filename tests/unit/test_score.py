@@ -11,7 +11,7 @@ from ctrlray.errors import ConfigError
 from ctrlray.ledger import Silent
 from ctrlray.stages import score
 from ctrlray.stages.journal import Journal
-from ctrlray.tables import Storage, from_rows
+from ctrlray.tables import Storage, from_rows, slices
 
 CHATS = {"p": [{"role": "user", "content": "q"}]}
 
@@ -102,7 +102,8 @@ def test_kept_truncated_answers_are_scored_and_not_dropped(tmp_path):
     assert (result.rows_in, result.rows_out, result.dropped) == (2, 2, {})
 
 
-def test_only_unscored_answers_go_to_the_rewards(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stored", [False, True])
+def test_only_unscored_answers_go_to_the_rewards(tmp_path, monkeypatch, stored):
     seen = []
     monkeypatch.setattr(score, "score_stream", lambda stream, *_: stream)
     monkeypatch.setattr(score.ray.data, "from_arrow", lambda blocks: blocks)
@@ -110,8 +111,13 @@ def test_only_unscored_answers_go_to_the_rewards(tmp_path, monkeypatch):
     out = Storage(str(tmp_path))
     finished_before(out, "r0", failed=("r1",))
     rows = answers(text=["a", "b", "c", "d"], finish_reason=["stop", "stop", "stop", "length"])
-    result = score.run(rows, CHATS, job(), out, Silent())
-    assert [r["response_id"] for r in seen] == ["r2"] and result.facts == {}
+    if stored:
+        there = Storage(str(tmp_path / "generate"))
+        for i, part in enumerate(slices(from_rows(rows.to_pylist(), schema.RESPONSES), 2)):
+            there.write_table(part, "responses", f"part-{i}")
+    result = score.run(there if stored else rows, CHATS, job(), out, Silent())
+    assert seen == [{"response_id": "r2", "prompt_id": "p", "text": "c"}] and result.facts == {}
+    assert (result.rows_in, result.rows_out, result.dropped) == (4, 1, {"truncated": 1})
 
 
 def test_a_row_that_fails_alone_gives_its_own_reason():

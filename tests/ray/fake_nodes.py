@@ -1,0 +1,102 @@
+"""A Ray cluster on this machine that grows by fake nodes and shrinks again, for a process of its own.
+
+Ray's `AutoscalingCluster` opens a file that the wheel lacks and ends every Ray of the machine. Here the head's processes are
+children of this process and the fake nodes' are children of the head's monitor, so that all can be ended by their ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from ray._private.node import Node
+from ray._private.parameter import RayParams
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+
+ROOT = Path(__file__).parent.parent.parent
+IDLE_S = 6
+HEAD = "ray.head.default"
+AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
+
+
+@contextmanager
+def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
+    """A head of one CPU and no other node, connected to; `node_types` are what the autoscaler may start."""
+    of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
+    of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
+    os.environ |= of_all | of_head
+    try:
+        common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
+        parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
+        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        for name in of_head:  # the monitor passes its environment on to the nodes that it starts
+            del os.environ[name]
+        config = folder / "cluster.json"
+        config.write_text(json.dumps(cluster_file(head.gcs_address, node_types)))
+        parameters.autoscaling_config = str(config)
+        head.start_monitor()
+        ray.init(address=head.gcs_address, log_to_driver=False, logging_level="ERROR")
+        yield
+    finally:
+        processes = psutil.Process().children(recursive=True)
+        ray.shutdown()
+        end(processes)
+
+
+def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+    commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
+    others = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
+    return {
+        "cluster_name": "fake",
+        "max_workers": sum(t["max_workers"] for t in node_types.values()),
+        "upscaling_speed": 10.0,
+        "idle_timeout_minutes": IDLE_S / 60,
+        "provider": {
+            "type": "fake_multinode",
+            "gcs_address": gcs_address,
+            "head_node_id": FAKE_HEAD_NODE_ID,
+            "launch_multiple": True,
+        },
+        "auth": {},
+        "docker": {},
+        "available_node_types": {HEAD: head, **node_types},
+        "head_node_type": HEAD,
+        "file_mounts": {},
+        **{name: [] for name in (*commands, *others)},
+    }
+
+
+def alive(resource: str) -> int:
+    """How many nodes that have a resource are up."""
+    return sum(bool(n["Alive"]) and resource in n["Resources"] for n in ray.nodes())
+
+
+def take_away(worker: int) -> None:
+    """End the node that a worker process runs on as losing its machine would: raylet and workers at once, without a word."""
+    raylet = psutil.Process(worker).parent()
+    assert raylet is not None and "raylet" in raylet.name(), raylet
+    end([raylet, *raylet.children(recursive=True)])
+
+
+def end(processes: list[psutil.Process]) -> None:
+    for process in processes:
+        if process.is_running():
+            process.kill()
+    psutil.wait_procs(processes, timeout=20)
+
+
+def wait_until(holds: Any, timeout_s: float) -> bool:
+    until = time.monotonic() + timeout_s
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.3)
+    return True
