@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from benchmarks.chaos.driver import STAGES
 from benchmarks.chaos.job import NAMES
 from benchmarks.chaos.plan import PPO
 from ctrlray import config, pipeline, schema
@@ -55,7 +56,7 @@ def differ(found: Mapping[str, Rows], wanted: Mapping[str, Rows]) -> Difference:
 def unaccounted(folder: Path) -> list[str]:
     """Stages whose rows in are not rows out + dropped + quarantined."""
     run = pipeline.Run(config.load_job(folder / "job.yaml"))
-    results = {stage: run.result(stage) for stage in pipeline.STAGES}
+    results = {stage: run.result(stage) for stage in STAGES}
     return [
         stage
         for stage, r in results.items()

@@ -51,7 +51,7 @@ def job(model: Path, root: Path, method: str, address: str | None = None) -> dic
             "behaviours": list(BEHAVIOURS),
             "pool": pool,
         },
-        "score": {"batch_size": BATCH, "pool": pool},
+        "score": {"batch_size": BATCH, "pool": pool | {"min_size": 1, "max_size": 1}},
         "distill": {"strategy": "none", "keep_truncated": True, "valid_fraction": 0.25, "max_examples": 48},
         "train": {
             "objectives": [_OBJECTIVES[method]],
@@ -64,5 +64,5 @@ def job(model: Path, root: Path, method: str, address: str | None = None) -> dic
         },
         "evaluate": {"sampling": {"max_tokens": 16, "temperature": 0.0}, "batch_size": BATCH, "bootstrap": 100},
         "export": {"dtype": "float32"},
-        "cluster": {"address": address, "stall_timeout_s": 120},
+        "cluster": {"address": address, "stall_timeout_s": 500},
     }
