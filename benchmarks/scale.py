@@ -97,9 +97,9 @@ def job(folder: str, engines: int, batch: int, reward: str) -> config.Job:
             "samples": 1,
             "batch_size": batch,
             "sampling": {"max_tokens": TOKENS},
-            "pool": {"min_size": engines, "max_size": engines, "cpus": 1.0},
+            "pool": {"min_size": engines, "max_size": engines, "cpus": 0.02},
         },
-        "score": {"pool": {"cpus": 1.0}},
+        "score": {"pool": {"cpus": 0.5}},
         "cluster": {"stall_timeout_s": 600},
     }
     return config.parse(config.Job, raw, where="scale")
@@ -126,7 +126,7 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     ray.init(
         address="local",
-        num_cpus=engines + 4,
+        num_cpus=2,  # Ray starts as many idle workers; engines take a small part of one each
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
