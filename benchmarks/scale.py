@@ -112,7 +112,7 @@ def write_prompts(out: Storage, number: int) -> None:
             {"prompt_id": f"{i:016x}", "messages": [{"role": "user", "content": f"Say {i}."}], "source": "s", "split": "train"}
             for i in range(first, min(first + schema.PROMPTS_PER_PART, number))
         ]
-        out.write_table(from_rows(rows, schema.PROMPTS), "prompts", schema.part_of(rows[0]["prompt_id"]))
+        out.write_table(from_rows(rows, schema.PROMPTS), "prompts", schema.part_of(f"{first:016x}"))
 
 
 def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str, tokens_per_s: float) -> None:
