@@ -6,7 +6,7 @@ also what an engine of a 7B model on a GPU takes for answers of 256 tokens at 2,
 time, from when all engines are up to when the first runs out of work, in which engines work: rows/s over what as many single
 engines give. The memory runs let engines answer at once. Prompts are a few words each, and their tokens are bytes.
 
-    python -m benchmarks.scale [--engines 1 8 32 64] [--prompts 10000 100000 1000000]
+    python -m benchmarks.scale [--engines 1 8 32 64] [--prompts 10000 100000 1000000] [--keep FILE]
 """
 
 from __future__ import annotations
@@ -97,9 +97,9 @@ def job(folder: str, engines: int, batch: int, reward: str) -> config.Job:
             "samples": 1,
             "batch_size": batch,
             "sampling": {"max_tokens": TOKENS},
-            "pool": {"min_size": engines, "max_size": engines, "cpus": 1.0},
+            "pool": {"min_size": engines, "max_size": engines, "cpus": 0.02},
         },
-        "score": {"pool": {"cpus": 1.0}},
+        "score": {"pool": {"cpus": 0.5}},
         "cluster": {"stall_timeout_s": 600},
     }
     return config.parse(config.Job, raw, where="scale")
@@ -112,7 +112,7 @@ def write_prompts(out: Storage, number: int) -> None:
             {"prompt_id": f"{i:016x}", "messages": [{"role": "user", "content": f"Say {i}."}], "source": "s", "split": "train"}
             for i in range(first, min(first + schema.PROMPTS_PER_PART, number))
         ]
-        out.write_table(from_rows(rows, schema.PROMPTS), "prompts", schema.part_of(rows[0]["prompt_id"]))
+        out.write_table(from_rows(rows, schema.PROMPTS), "prompts", schema.part_of(f"{first:016x}"))
 
 
 def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str, tokens_per_s: float) -> None:
@@ -126,7 +126,7 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
     environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     ray.init(
         address="local",
-        num_cpus=engines + 4,
+        num_cpus=2,  # Ray starts as many idle workers; engines take a small part of one each
         object_store_memory=STORE_BYTES,
         include_dashboard=False,
         log_to_driver=False,
@@ -167,26 +167,43 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
     print("RESULT " + json.dumps(found | peaks | told), flush=True)
 
 
-def run(
-    prompts: int,
-    engines: int = FAST_ENGINES,
-    batch: int = FAST_BATCH,
-    answer_bytes: int = 100,
-    reward: str = "length",
-    rate: float = float("inf"),
-) -> dict[str, Any]:
-    """One run in a process of its own, with a Ray of its own."""
+class Runs:
+    """Runs, each in a process of its own with a Ray of its own; finished ones are kept in a file, where one is given."""
+
+    def __init__(self, kept: Path | None) -> None:
+        self._kept = kept
+        self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+
+    def run(
+        self,
+        prompts: int,
+        engines: int = FAST_ENGINES,
+        batch: int = FAST_BATCH,
+        answer_bytes: int = 100,
+        reward: str = "length",
+        rate: float = float("inf"),
+    ) -> dict[str, Any]:
+        """One run, or what it gave before."""
+        asked = [engines, batch, answer_bytes, reward, rate]
+        key = f"{prompts} prompts: {asked}"
+        if key not in self._found:
+            self._found[key] = _run(prompts, asked)
+            if self._kept:
+                self._kept.write_text(json.dumps(self._found, indent=1))
+        print(key, {k: round(v, 3) for k, v in self._found[key].items()}, flush=True)
+        return self._found[key]
+
+
+def _run(prompts: int, asked: Sequence[Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Storage(f"{folder}/p"), prompts)
-        asked = [folder, engines, batch, answer_bytes, reward, rate]
-        command = [sys.executable, "-m", "benchmarks.scale", "--child", *map(str, asked)]
+        command = [sys.executable, "-m", "benchmarks.scale", "--child", folder, *map(str, asked)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
         found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
         assert found["rows"] == prompts
-        if rate < float("inf"):
-            found["efficiency"] = efficiency([json.loads(p.read_text()) for p in Path(folder, "g", BUSY).iterdir()])
-    print(f"{prompts} prompts, {engines} engines:", {k: round(v, 3) for k, v in found.items()}, flush=True)
+        if (worked := Path(folder, "g", BUSY)).is_dir():
+            found["efficiency"] = efficiency([json.loads(p.read_text()) for p in worked.iterdir()])
     return found
 
 
@@ -198,11 +215,11 @@ def efficiency(worked: Sequence[Sequence[Sequence[float]]]) -> float:
     return busy / (len(worked) * (end - begin))
 
 
-def throughput(engines: Sequence[int], rate: float) -> list[dict[str, Any]]:
+def throughput(runs: Runs, engines: Sequence[int], rate: float) -> list[dict[str, Any]]:
     """Figures of one to many engines, each with the same work."""
     made = []
     for number in engines:
-        found = run(number * BATCHES * BATCH, number, BATCH, rate=rate)
+        found = runs.run(number * BATCHES * BATCH, number, BATCH, rate=rate)
         target = f">= {LEAST_EFFICIENCY}" if number == 32 else "recorded"
         share = round(found["efficiency"], 4)
         made.append(figure(f"throughput of {number} simulated engines, of linear", target, share, None))
@@ -212,28 +229,27 @@ def throughput(engines: Sequence[int], rate: float) -> list[dict[str, Any]]:
     return made
 
 
-def memory(prompts: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
-    """Figures of few to many prompts, and the runs."""
-    runs = {number: run(number) for number in prompts}
+def memory(runs: Runs, prompts: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
+    """Figures of few to many prompts, and what each run gave."""
+    by_size = {number: runs.run(number) for number in prompts}
     made = []
-    for number, found in runs.items():
+    for number, found in by_size.items():
         made += [
             figure(f"driver memory at {number} prompts, MiB", "recorded", round(found["rss_mib"], 1), None),
             figure(f"object store at its fullest at {number} prompts, MiB", "recorded", round(found["store_mib"], 2), None),
             figure(f"seconds to the first scored block at {number} prompts", "recorded", round(found["first_row_s"], 1), None),
         ]
-    few, many = runs[min(runs)], runs[max(runs)]
+    few, many = by_size[min(by_size)], by_size[max(by_size)]
     for key, name in (("rss_mib", "driver memory"), ("store_mib", "object store memory")):
         ratio = round(many[key] / few[key], 3)
-        made.append(
-            figure(f"{name}, {max(runs)} prompts / {min(runs)}", f"<= {MOST_GROWTH}", ratio, ratio <= MOST_GROWTH)
-        )
-    return made, runs
+        title = f"{name}, {max(by_size)} prompts / {min(by_size)}"
+        made.append(figure(title, f"<= {MOST_GROWTH}", ratio, ratio <= MOST_GROWTH))
+    return made, by_size
 
 
-def backpressure() -> list[dict[str, Any]]:
+def backpressure(runs: Runs) -> list[dict[str, Any]]:
     """Figures of engines that are many times as fast as the scorer."""
-    found = run(SLOW_BLOCKS * SLOW_BATCH, batch=SLOW_BATCH, answer_bytes=ANSWER_BYTES, reward="slow_length")
+    found = runs.run(SLOW_BLOCKS * SLOW_BATCH, batch=SLOW_BATCH, answer_bytes=ANSWER_BYTES, reward="slow_length")
     made = SLOW_BLOCKS * SLOW_BATCH * ANSWER_BYTES
     share = round(found["store_mib"] * MIB / made, 3)
     return [
@@ -274,6 +290,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, nargs="+", default=ENGINES)
     parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS)
+    parser.add_argument("--keep", type=Path, help="a file of finished runs, to go on after a run that was cut off")
     parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -281,11 +298,12 @@ def main() -> None:
         child(folder, int(engines), int(batch), int(size), reward, float(rate))
         return
     rate = measured_rate()
-    figures, runs = memory(options.prompts)
-    figures = [*throughput(options.engines, rate), *figures, *backpressure()]
-    notes = limits(runs, rate)
+    runs = Runs(options.keep)
+    figures, by_size = memory(runs, options.prompts)
+    figures = [*throughput(runs, options.engines, rate), *figures, *backpressure(runs)]
+    notes = limits(by_size, rate)
     print(*notes, sep="\n")
-    print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=runs))
+    print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=by_size))
 
 
 if __name__ == "__main__":
