@@ -216,9 +216,8 @@ def test_an_answer_that_is_there_twice_is_no_whole_table(tmp_path):
     out, (a, b, c) = Storage(str(tmp_path)), (r["response_id"] for r in requests("why")[0])
     out.write_table(from_rows([response(a), response(b), response(c)], schema.RESPONSES), "responses", "part-0")
     out.write_table(from_rows([response(c, tokens=5)], schema.RESPONSES), "responses", "part-late")
-    made, _ = generate.expand_requests(prompts("why"), SETTINGS, Bytes(), "f", 1000)
     with pytest.raises(DataError, match=rf"1 rows are there more than once, among them {c} in .*part-0.*part-late"):
-        generate._accounts(made, 0, out, 1)
+        generate._accounts(generate.keys([a, b, c]), out, 1)
 
 
 def test_what_is_answered_quarantined_or_too_long_starts_no_engine(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import shutil
 import time
 
 import pytest
+import yaml
 
 from ctrlray import config, lease, models, pipeline, schema
 from ctrlray.errors import ClusterError, ConfigError, DataError
@@ -97,7 +98,7 @@ def test_changes_name_settings_that_came_and_went(tmp_path):
     base = {"run_root": str(tmp_path)}
     run = Run(job(**base, generate={"behaviours": [{"name": "a"}]}))
     assert run.changes() == []
-    run.storage.write_bytes(config.yaml.safe_dump(run.job.model_dump(mode="json")).encode(), "job.yaml")
+    run.storage.write_bytes(yaml.safe_dump(run.job.model_dump(mode="json")).encode(), "job.yaml")
     assert Run(run.job).changes() == []
     more = Run(job(**base, seed=1, generate={"behaviours": [{"name": "a"}, {"name": "b"}]})).changes()
     assert "seed: 0 -> 1" in more and "generate.behaviours.1.name: (unset) -> b" in more

@@ -175,7 +175,7 @@ def test_a_model_of_three_attributes(visit):
 def test_the_best_of_several_answers_comes_with_its_scores(visit):
     engine = FakeEngine(["11 dull", "32 near", "xx"])
     page = visit(World(engine=engine, judge=FakeJudge(), **WEB))
-    page.get_by_text("Settings").click()
+    page.get_by_text("Settings", exact=True).click()
     page.get_by_label("Strategy").select_option("rerank")
     ask(page)
     ended(page)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -254,7 +255,7 @@ def test_a_sweep_that_stops_ends_its_children(tmp_path):
 
 
 def test_the_ablation_sweep_is_one_pool(tmp_path):
-    file = config.Path(__file__).parent.parent.parent / "jobs" / "ablation" / "sweep.yaml"
+    file = Path(__file__).parent.parent.parent / "jobs" / "ablation" / "sweep.yaml"
     plan = load(file, [f"run_root={tmp_path}"])
     assert len(plan.pools) == 1 and len(plan.jobs) == 11
     assert {c.split(":")[0] for n in plan.jobs for c in plan.changes(n)} == {
