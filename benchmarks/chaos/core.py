@@ -11,14 +11,14 @@ import sys
 import time
 
 
-def answer(prompt: list[int], limit: int, weights: str) -> tuple[str, str, list[float]]:
+def answer(prompt: list[int], limit: int, weights: str) -> tuple[str, str, tuple[float, ...]]:
     """Text, finish reason and log-probs that follow from the request and the weights alone; one token a letter."""
     seed = hashlib.sha256(json.dumps([prompt, limit, weights]).encode()).digest()
     size = 1 + seed[0] % (limit + 2)  # some are cut off
     letters = [seed[1 + i % 31] for i in range(min(size, limit))]
     text = "".join("abcdefghij"[b % 10] for b in letters)
     finished = size < limit
-    return text, "stop" if finished else "length", [-(1 + b % 7) / 4 for b in [*letters, *([1] if finished else [])]]
+    return text, "stop" if finished else "length", tuple(-(1 + b % 7) / 4 for b in [*letters, *([1] if finished else [])])
 
 
 def main() -> None:
