@@ -4,7 +4,7 @@ What training changed is stored in half precision and, to keep to 6 MB, in fewer
 those stay that hold most of the change for their bytes. The dial is then assembled as `ctrlray chat --demo` does it and
 evaluated once more on the run's own prompts; the card shows both. A dial that does not move every attribute is refused.
 
-    python -m benchmarks.demo --run /data/ctrlray-results/variants/base --out ctrlray/assets/demo
+    python -m benchmarks.demo --run /data/ctrlray-results/base --out ctrlray/assets/demo
 """
 
 from __future__ import annotations
