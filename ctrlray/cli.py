@@ -560,35 +560,18 @@ def _serve() -> None:
     """Serve dialled models behind an OpenAI-compatible API. `ctrlray serve MODEL ...` is `ctrlray serve run MODEL ...`."""
 
 
-def _check_demo(demo: bool, named: Sequence[str]) -> None:
-    if demo and named:
-        raise click.UsageError(f"--demo is a model by itself; leave out {named[0]!r}, or leave out --demo")
-
-
-def _demo_folder() -> str:
-    """The folder of the dial that ctrlray brings along."""
-    from ctrlray import demo
-
-    if not demo.ready():
-        click.echo("making the demo dial: fetches and prepares the embedded model once, about a minute", err=True)
-    return str(demo.folder())
-
-
-_demo_option = click.option("--demo", is_flag=True, help="The small dial that ctrlray brings along, of SmolLM2-135M.")
 _SERVE = (
-    "ctrlray serve --demo\n"
     "ctrlray serve quickstart\n"
     "ctrlray serve /models/mine --policy policy.yaml --host 0.0.0.0\n"
     "ctrlray serve quickstart --method exmate --method start --set rewards=true"
 )
 _SERVE_TEXT = """Serve exported models, or models of a run, until Ctrl-C.
 
-MODEL is a folder that `ctrlray export` wrote, or a run's name, path or URI; with --config the file may name them, and --demo is
-one that needs no run. Without --policy one key is made and printed, and only this machine can connect."""
+MODEL is a folder that `ctrlray export` wrote, or a run's name, path or URI; with --config the file may name them. Without
+--policy one key is made and printed, and only this machine can connect."""
 
 
 @_command(_serve, "run", _SERVE_TEXT, _SERVE)
-@_demo_option
 @click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of settings.")
 @click.option("--method", "methods", multiple=True, help="Of a run, a trained objective, or `start`; repeatable.")
 @click.option("--policy", type=click.Path(dir_okay=False), help="The operator's policy file.")
@@ -598,7 +581,6 @@ one that needs no run. Without --policy one key is made and printed, and only th
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.argument("models", metavar="MODEL", nargs=-1, shell_complete=_complete_run)
 def _serve_run(
-    demo: bool,
     file: Path | None,
     methods: tuple[str, ...],
     policy: str | None,
@@ -610,10 +592,8 @@ def _serve_run(
 ) -> None:
     from ctrlray.serve.command import serve_until_stopped, settings_of
 
-    _check_demo(demo, models)
     try:
-        named = (_demo_folder(),) if demo else models
-        serve_until_stopped(settings_of(file, named, methods, policy, overrides), host, port)
+        serve_until_stopped(settings_of(file, models, methods, policy, overrides), host, port)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -629,19 +609,17 @@ def _serve_key() -> None:
 
 
 _CHAT = (
-    "ctrlray chat --demo --level safety=3\n"
     "ctrlray chat http://127.0.0.1:8000 --key ck-...\n"
     "ctrlray chat quickstart --level safety=5\n"
     "echo 'What is a lease?' | ctrlray chat http://127.0.0.1:8000"
 )
 _CHAT_TEXT = """Chat in the terminal: /safety 5 turns the dial, /help lists commands.
 
-TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end; --demo stands
-for one that needs no run. From a pipe, each line is a message."""
+TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end. From a pipe,
+each line is a message."""
 
 
 @_command(main, "chat", _CHAT_TEXT, _CHAT)
-@_demo_option
 @click.option("--key", envvar="CTRLRAY_API_KEY", default="", show_envvar=True, help="Key of a running server.")
 @click.option("--model", help="A name that the server lists; its first when left out.")
 @click.option("--level", "levels", multiple=True, metavar="NAME=LEVEL", help="Where the dial begins; repeatable.")
@@ -649,9 +627,8 @@ for one that needs no run. From a pipe, each line is a message."""
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
 @click.option("--temperature", type=click.FloatRange(0, 2))
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.argument("target", required=False, shell_complete=_complete_run)
+@click.argument("target", shell_complete=_complete_run)
 def _chat(
-    demo: bool,
     key: str,
     model: str | None,
     levels: tuple[str, ...],
@@ -659,18 +636,14 @@ def _chat(
     max_tokens: int | None,
     temperature: float | None,
     debug: bool,
-    target: str | None,
+    target: str,
 ) -> None:
     from ctrlray.serve import terminal
-
-    _check_demo(demo, [target] if target else [])
-    if target is None and not demo:
-        raise click.UsageError("name a TARGET, or give --demo for the dial that ctrlray brings along")
 
     settings = {"max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        sys.exit(terminal.run(target or _demo_folder(), key, model, levels, system, given))
+        sys.exit(terminal.run(target, key, model, levels, system, given))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

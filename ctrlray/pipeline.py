@@ -392,16 +392,6 @@ def _train(current: Run, progress: Progress) -> StageResult:
 
 
 def _evaluate(current: Run, progress: Progress) -> StageResult:
-    trained = {o.type for o in current.job.train.objectives}
-    return evaluated(
-        current, current.job, lambda m: current.merged(m) if m in trained else None, current.out("evaluate"), progress
-    )
-
-
-def evaluated(
-    current: Run, job: config.Job, weights: Callable[[str], str | None], out: Storage, progress: Progress
-) -> StageResult:
-    """What the evaluate stage of `job` makes of a run's prompts, scales and pool; see `ctrlray.stages.evaluate.run`."""
     from ctrlray.stages import distill, evaluate
 
     names = [a.name for a in current.job.control.attributes]
@@ -415,8 +405,15 @@ def evaluated(
         ),
         current.out("train"),
     )
-    renderer = current.base.renderer(ControlSpace.of(job.control))
-    return evaluate.run(given, job, current.engine_spec(), renderer, weights, out, progress)
+    return evaluate.run(
+        given,
+        current.job,
+        current.engine_spec(),
+        current.base.renderer(ControlSpace.of(current.job.control)),
+        lambda method: current.merged(method) if method in {o.type for o in current.job.train.objectives} else None,
+        current.out("evaluate"),
+        progress,
+    )
 
 
 def _export(current: Run, progress: Progress) -> StageResult:

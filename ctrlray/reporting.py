@@ -16,7 +16,6 @@ from ctrlray.metrics.control import code_gap
 
 if TYPE_CHECKING:
     from ctrlray.pipeline import Run
-    from ctrlray.tables import Storage
 
 SAMPLE_PROMPTS = 6
 PROJECTED_ROWS, PROJECTED_PARAMETERS = 10, 7e9
@@ -160,21 +159,15 @@ def headline(run: Run, method: str) -> dict[str, str]:
     figures = {}
     if method in (gaps := code_gaps(run)):
         figures["held-out code gap, nats per token"] = _interval(gaps[method])
-    return figures | control_figures(run.out("evaluate"), method)
-
-
-def control_figures(evaluated: Storage, method: str) -> dict[str, str]:
-    """Those of the evaluation, by what it left in a folder; none where it has not run."""
-    figures = {}
-    if evaluated.exists("metrics.json"):
-        measured = evaluated.read_json("metrics.json")[method]
+    if run.out("evaluate").exists("metrics.json"):
+        measured = run.out("evaluate").read_json("metrics.json")[method]
         for name, values in measured["attributes"].items():
             figures[f"{name}: pairwise order accuracy (chance 0.5)"] = _interval(values["pairwise"])
             figures[f"{name}: mean absolute error, levels"] = _interval(values["mae"])
         if kl := measured.get("kl_base"):
             figures["KL to the base without a code, nats per answer"] = _interval(kl)
-    if evaluated.exists("judge.json"):
-        judged = evaluated.read_json("judge.json")
+    if run.out("evaluate").exists("judge.json"):
+        judged = run.out("evaluate").read_json("judge.json")
         for name, values in judged[method]["attributes"].items():
             figures[f"{name}: pairwise order accuracy under the judge"] = _interval(values["pairwise"])
             within = judged["correlation"][name]["within_prompt"]
