@@ -34,7 +34,7 @@ def whole(found: dict[str, object]) -> None:
     assert found["work"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("kind", SHORT)
 def test_nothing_is_lost_doubled_or_changed(lab: Lab, kind: str) -> None:
     trial = plan(SHORT[kind])

@@ -14,7 +14,7 @@ from ctrlray import schema
 from ctrlray.tables import Storage
 from tests.ray.autoscaling import BATCH, ENGINES, PROMPTS
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parent.parent.parent
 
 
