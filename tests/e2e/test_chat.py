@@ -13,7 +13,7 @@ import pytest
 
 from tests.e2e.served import ROOT, make_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]  # a start and nothing else; the rest of `ctrlray chat` is in unit tests
 MARK = "CTRLRAY_TEST_CONVERSATION"
 
 

@@ -130,14 +130,18 @@ NAMES = {"quickstart": "tiny", 'safety": 5': 'brevity": 2', "safety": "brevity"}
 """What stands in the page's snippets, and in its place here, where an attribute has two levels."""
 
 
+def tokens_at(client, level):
+    """Tokens so far of answers at a level of brevity."""
+    return metric(client, f'ctrlray_level_tokens_total{{attribute="brevity",level="{level}",model="tiny"}}')
+
+
 @pytest.mark.parametrize("name, level", [("openai", 2), ("openai-stream", 1), ("langchain", 2), ("curl", 2), ("curl-header", 2)])
 def test_snippets_of_the_page(server, admin, name, level):
-    asked_for = f'ctrlray_level_tokens_total{{attribute="brevity",level="{level}",model="tiny"}}'
-    all_spent = 'ctrlray_tokens_total{key="brief",kind="completion",model="tiny"}'
-    before = metric(admin, asked_for), metric(admin, all_spent)
+    tokens = 'ctrlray_tokens_total{key="brief",kind="completion",model="tiny"}'
+    before = tokens_at(admin, level), metric(admin, tokens)
     said = run_snippet(name, server.url, BRIEF, NAMES)
-    spent = metric(admin, all_spent) - before[1]
-    assert 0 < spent <= 20 and metric(admin, asked_for) - before[0] == spent
+    spent = metric(admin, tokens) - before[1]
+    assert 0 < spent <= 20 and tokens_at(admin, level) - before[0] == spent
     if name == "openai":
         assert said.endswith("\n{'brevity': 2, 'variety': 2}\n")
     if name.startswith("curl"):
@@ -187,8 +191,10 @@ def test_the_playground_streams_and_scores(server, browser, admin):
 def test_chat_in_a_terminal(server, admin):
     command = [sys.executable, "-m", "ctrlray", "chat", server.url, "--temperature", "0", "--max-tokens", "20"]
     environment = os.environ | {"CTRLRAY_API_KEY": WEB}
+    before = tokens_at(admin, 2)
     done = subprocess.run(command, input="/brevity 2\nHello\n", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert tokens_at(admin, 2) - before == 20
     whole = admin.post(CHAT, json=ask("Hello", control={"brevity": 2}, max_tokens=20)).json()["choices"][0]["message"]["content"]
     dial, _, said = done.stdout.partition("\n")
     assert dial == "brevity 2, variety 2" and re.sub(r"[^ -~]", "�", said) == re.sub(r"[^ -~]", "�", f"{whole}\n")
