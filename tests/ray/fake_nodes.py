@@ -23,6 +23,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 ROOT = Path(__file__).parent.parent.parent
 IDLE_S = 6
 HEAD = "ray.head.default"
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
 
 
@@ -35,7 +36,7 @@ def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Ite
     try:
         common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
         parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
-        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)  # its processes end with this one
         for name in of_head:  # the monitor passes its environment on to the nodes that it starts
             del os.environ[name]
         config = folder / "cluster.json"
@@ -68,6 +69,10 @@ def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]]) 
         },
         "available_node_types": {HEAD: head, **node_types},
         "head_node_type": HEAD,
+        "auth": {},
+        "file_mounts": {},
+        "cluster_synced_files": [],
+        **{f"{kind}_commands": [] for kind in COMMANDS},
     }
 
 
