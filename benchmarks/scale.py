@@ -171,7 +171,7 @@ class Runs:
     """Runs, each in a process of its own with a Ray of its own; finished ones are kept in a file, where one is given."""
 
     def __init__(self, kept: Path | None) -> None:
-        self._kept = kept
+        self._kept, self.others = kept, 0.0
         self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
 
     def run(
@@ -190,6 +190,7 @@ class Runs:
             self._found[key] = _run(prompts, asked)
             if self._kept:
                 self._kept.write_text(json.dumps(self._found, indent=1))
+        self.others = max(self.others, self._found[key]["others_cpu_percent"])
         print(key, {k: round(v, 3) for k, v in self._found[key].items()}, flush=True)
         return self._found[key]
 
@@ -197,11 +198,13 @@ class Runs:
 def _run(prompts: int, asked: Sequence[Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         write_prompts(Storage(f"{folder}/p"), prompts)
+        others = psutil.cpu_percent(interval=5)
         command = [sys.executable, "-m", "benchmarks.scale", "--child", folder, *map(str, asked)]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
         line = next(x for x in done.stdout.splitlines() if x.startswith("RESULT "))
         found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
         assert found["rows"] == prompts
+        found["others_cpu_percent"] = others
         if (worked := Path(folder, "g", BUSY)).is_dir():
             found["efficiency"] = efficiency([json.loads(p.read_text()) for p in worked.iterdir()])
     return found
@@ -301,7 +304,7 @@ def main() -> None:
     runs = Runs(options.keep)
     figures, by_size = memory(runs, options.prompts)
     figures = [*throughput(runs, options.engines, rate), *figures, *backpressure(runs)]
-    notes = limits(by_size, rate)
+    notes = [*limits(by_size, rate), f"Before a run began, other work took {runs.others:.0f}% of the processor at most."]
     print(*notes, sep="\n")
     print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=by_size))
 

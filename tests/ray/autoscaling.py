@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -134,6 +135,7 @@ class Story(threading.Thread):
 
 def main(folder):
     quiet_ray()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the nodes are ended too
     made = job(folder)
     gen, sc = Storage(str(folder / "g")), Storage(str(folder / "s"))
     names = [f"question {i}" for i in range(PROMPTS - 1)] + ["last"]

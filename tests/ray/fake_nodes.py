@@ -18,11 +18,12 @@ import psutil
 import ray
 from ray._private.node import Node
 from ray._private.parameter import RayParams
-from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FakeMultiNodeProvider
 
 ROOT = Path(__file__).parent.parent.parent
 IDLE_S = 6
 HEAD = "ray.head.default"
+COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
 
 
@@ -35,7 +36,7 @@ def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Ite
     try:
         common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
         parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
-        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)  # its processes end with this one
         for name in of_head:  # the monitor passes its environment on to the nodes that it starts
             del os.environ[name]
         config = folder / "cluster.json"
@@ -52,25 +53,26 @@ def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Ite
 
 def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
-    commands = ("initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands")
-    others = ("head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter")
     return {
         "cluster_name": "fake",
         "max_workers": sum(t["max_workers"] for t in node_types.values()),
         "upscaling_speed": 10.0,
         "idle_timeout_minutes": IDLE_S / 60,
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",  # under its own name, `fake_multinode`, Ray wants that file for its defaults
+            "module": f"{FakeMultiNodeProvider.__module__}.{FakeMultiNodeProvider.__name__}",
             "gcs_address": gcs_address,
             "head_node_id": FAKE_HEAD_NODE_ID,
             "launch_multiple": True,
+            "disable_node_updaters": True,
+            "disable_launch_config_check": True,
         },
-        "auth": {},
-        "docker": {},
         "available_node_types": {HEAD: head, **node_types},
         "head_node_type": HEAD,
+        "auth": {},
         "file_mounts": {},
-        **{name: [] for name in (*commands, *others)},
+        "cluster_synced_files": [],
+        **{f"{kind}_commands": [] for kind in COMMANDS},
     }
 
 
