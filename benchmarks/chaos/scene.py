@@ -58,7 +58,10 @@ class Scene(NamedTuple):
 
     def notes(self, stage: str) -> list[dict[str, Any]]:
         """The notes of actors on what they have in flight."""
-        return list(_read(self.root.glob(f"{stage}/*/in_flight/**/*.json")))
+        try:
+            return list(_read(self.root.glob(f"{stage}/*/in_flight/**/*.json")))
+        except FileNotFoundError:  # a folder of them was cleared while it was read
+            return []
 
     def look(self, victim: str, where: Where) -> Found | None:
         """A process of that kind that holds live work there, if there is one now."""
