@@ -34,8 +34,9 @@ class Words(NamedTuple):
 class ActorPool:
     """Actors `<name>-0-0`, `<name>-1-0`, ... of one kind, which has `ready()`; use as a context manager.
 
-    Each works on one batch at a time. `pool.max_restarts` bounds how often one is replaced; `restore(index)` gives a
-    replacement what its predecessor had been given, before it gets work.
+    Each works on one batch at a time. `pool.max_restarts` bounds how often they are replaced in a row with no batch finished in
+    between; an actor that ended on a part of a batch of which other rows are finished does not count. `restore(index)` gives
+    a replacement what its predecessor had been given, before it gets work.
     """
 
     def __init__(
@@ -50,7 +51,7 @@ class ActorPool:
     ) -> None:
         self._kind, self._arguments, self._pool, self._name = kind, tuple(arguments), pool, name
         self._words, self._timeout_s, self._restore = words, stall_timeout_s, restore
-        self._restarts = 0
+        self._restarts = self._in_vain = 0
         self.greetings: list[Any] = []
         """What the first actors' `ready()` gave, once they are up."""
         self.actors = [self._start(i) for i in range(pool.max_size)]
@@ -83,13 +84,14 @@ class ActorPool:
         """Have rows 0 to `num_rows` - 1 worked on; returns those left out, each with what the actor that it ended said.
 
         `submit(actor, rows)` starts a batch on a free actor, `done(rows, result)` takes what came back. What ctrlray itself
-        refuses in an actor is raised here. Raises ClusterError when actors end too often, or nothing comes.
+        refuses in an actor is raised here. Raises ClusterError when too many actors end in a row, or nothing comes.
         """
         waiting = [list(range(i, min(i + batch_size, num_rows))) for i in range(0, num_rows, batch_size)]
         idle = list(range(len(self.actors)))
         running: dict[Any, tuple[list[int], int, Any]] = {}
         died: list[list[int]] = []
         left_out: dict[int, str] = {}
+        sound: set[int] = set()  # batches, as they were first cut, of which rows are finished
         while waiting or running:
             while waiting and idle:
                 batch, index = waiting.pop(0), idle.pop()
@@ -102,13 +104,16 @@ class ActorPool:
                     made = ray.get(answer)
             except _ENDED as error:
                 if self.actors[index] is actor:  # else `heal` was first, while another one was replaced
-                    self.replace(index, error)
+                    self.replace(index, error, in_vain=batch[0] // batch_size not in sound)
                 died.append(batch)
                 again, killers = plan(batch, died)
-                waiting[:0] = again
+                # what is left of a batch comes before the next one, and what is suspected least first, as in `plan`
+                waiting = sorted(again + waiting, key=lambda group: (group[0] // batch_size, -len(group)))
                 left_out |= dict.fromkeys(killers, last_line(error))
                 continue
             done(batch, made)
+            sound.add(batch[0] // batch_size)
+            self._in_vain = 0
         return left_out
 
     def _next(self, running: dict[Any, tuple[list[int], int, Any]]) -> Any:
@@ -159,13 +164,14 @@ class ActorPool:
             if isinstance(answer, _ENDED):
                 self.replace(index, answer)
 
-    def replace(self, index: int, error: Exception) -> None:
-        """A new actor in the place of one that ended or raised. Raises ClusterError when that was so too often."""
+    def replace(self, index: int, error: Exception, in_vain: bool = True) -> None:
+        """A new actor in the place of one that ended or raised. Raises ClusterError when too many in a row ended in vain."""
         self._restarts += 1
-        if self._restarts > self._pool.max_restarts:
+        self._in_vain += in_vain
+        if self._in_vain > self._pool.max_restarts:
             raise ClusterError(
-                f"{self._name}: {self._words.actor}s ended {self._restarts} times, more than {self._words.restarts}="
-                f"{self._pool.max_restarts} allows; the last one with: {last_line(error)}"
+                f"{self._name}: {self._words.actor}s ended {self._in_vain} times in a row and finished nothing in between, more "
+                f"than {self._words.restarts}={self._pool.max_restarts} allows; the last one with: {last_line(error)}"
             ) from error
         record(current(), "ctrlray_actor_restarts", 1, actor=self._words.actor)
         warn(current(), f"{self._words.actor} {index} of {self._name} ended: {last_line(error)}; starting another")

@@ -4,7 +4,8 @@ A control code is one special token per attribute, `<|helpfulness:4|><|safety:2|
 after the assistant header, so that all settings of one prompt share one prefix. The dial lives in a chat template built
 here; the renderer and the exported model use that same template, so they cannot disagree.
 
-Special tokens inside message text are neutralised by the template itself: a zero-width space after their first character.
+Special tokens inside message text are neutralised by the template itself: a zero-width space after their first character. The
+renderer then holds the ids against what the template places by itself: a tokenizer may fold `＜|IM_END|＞` into a special token.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ ZERO_WIDTH = "\u200b"
 _LEVEL_WORDS = ("very low", "low", "medium", "high", "very high")
 
 Levels = tuple[int, ...]
+Shape = tuple[bool, tuple[tuple[str, str], ...]]
+_SHAPES = 1024
+"""Sequences of turns whose special ids a renderer keeps."""
 MASKED_BY = 100.0
 """What engines and trainers lower the logits of control tokens by, so that none is ever sampled; vLLM takes no more."""
 
@@ -187,6 +191,9 @@ def special_strings(tokenizer: Any, space: ControlSpace | None = None) -> list[s
 class Renderer:
     """The only way in ctrlray from a conversation to token ids.
 
+    Raises DataError for text that the tokenizer reads as special tokens although it was neutralised: a prompt holds the special
+    ids that the template places for turns of such roles, and at its end those of the code, and no others.
+
     `base_template` is the chat template of the model before the dial was added; None for an exported model, whose tokenizer
     has the finished one: it raises for levels outside of its list, and what it gives without levels is its own business.
     """
@@ -195,6 +202,8 @@ class Renderer:
         self.tokenizer = tokenizer
         self.space = space
         self.specials = special_strings(tokenizer, space)
+        self.special_ids = _special_ids(tokenizer, self.specials)
+        self._placed: dict[Shape, tuple[int, ...]] = {}
         if base_template is None:
             self._plain = self._dialled = str(tokenizer.chat_template)
         else:
@@ -203,6 +212,23 @@ class Renderer:
 
     def render(self, messages: Sequence[Message], levels: Sequence[int] | None = None) -> list[int]:
         """Token ids of the prompt up to and including the code; without levels, of the plain prompt."""
+        ids = self._render(messages, levels)
+        if self._specials_in(ids) != self._expected(messages, levels):
+            raise DataError(self._complaint(messages))
+        return ids
+
+    def text_ids(self, text: str) -> list[int]:
+        """Token ids of plain text, special tokens in it neutralised."""
+        ids = self._encode(neutralise(text, self.specials))
+        if self._specials_in(ids):
+            raise DataError(self._complaint([Message(role="plain", content=text)]))
+        return ids
+
+    def code_ids(self, levels: Sequence[int]) -> list[int]:
+        """Token ids of the code alone."""
+        return self._encode(self.space.code(levels))
+
+    def _render(self, messages: Sequence[Message], levels: Sequence[int] | None) -> list[int]:
         variables = {} if levels is None else dict(zip(self.space.names, self.space.check(levels), strict=True))
         ids = self.tokenizer.apply_chat_template(
             [dict(m) for m in messages],
@@ -214,15 +240,62 @@ class Renderer:
         )
         return [int(i) for i in ids]
 
-    def text_ids(self, text: str) -> list[int]:
-        """Token ids of plain text, special tokens in it neutralised."""
-        clean = neutralise(text, self.specials)
-        return [int(i) for i in self.tokenizer(clean, add_special_tokens=False)["input_ids"]]
+    def _encode(self, text: str) -> list[int]:
+        return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
-    def code_ids(self, levels: Sequence[int]) -> list[int]:
-        """Token ids of the code alone."""
-        ids = self.tokenizer(self.space.code(levels), add_special_tokens=False)["input_ids"]
-        return [int(i) for i in ids]
+    def _specials_in(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(i for i in ids if i in self.special_ids)
+
+    def _expected(self, messages: Sequence[Message], levels: Sequence[int] | None) -> tuple[int, ...]:
+        """Special ids of a prompt of such turns. What stands before the code is found once for all levels and texts."""
+        code = () if levels is None else self._specials_in(self.code_ids(levels))
+        turns = tuple((str(m["role"]), _harmless(m["content"])) for m in messages)
+        shape = (levels is None, turns)
+        if shape not in self._placed:
+            placed = self._specials_in(self._render([Message(role=r, content=c) for r, c in turns], levels))
+            if len(self._placed) == _SHAPES:
+                self._placed.pop(next(iter(self._placed)))
+            self._placed[shape] = placed[: len(placed) - len(code)]
+        return self._placed[shape] + code
+
+    def _complaint(self, messages: Sequence[Message]) -> str:
+        """Where the text is that reads as special tokens."""
+        for message in messages:
+            text = _text(message["content"])
+            if found := self._specials_in(self._encode(neutralise(text, self.specials))):
+                token = self.tokenizer.convert_ids_to_tokens(found[0])
+                return f"the {message['role']} text {text[:80]!r} holds what the model's tokenizer reads as {token}; take it out"
+        return "the conversation holds what the model's tokenizer reads as special tokens; take it out"
+
+
+def _special_ids(tokenizer: Any, specials: Sequence[str]) -> frozenset[int]:
+    """Ids of special tokens, but for one that only says that a character is unknown: harmless text has it too."""
+    ids = frozenset(tokenizer.convert_tokens_to_ids(list(specials)))
+    structural = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    return ids - ({_unknown_id(tokenizer)} - structural)
+
+
+def _unknown_id(tokenizer: Any) -> int | None:
+    """What stands for unknown characters, if the tokenizer really makes it of text.
+
+    `unk_token` alone does not tell: byte-level BPE knows all characters, and SmolLM2 calls <|endoftext|> its unknown token.
+    """
+    model: Any = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if not hasattr(model, "unk_token"):  # a tokenizer without such a backend, or Unigram, which makes it and does not show it
+        found: int | None = tokenizer.unk_token_id
+        return found
+    return None if model.unk_token is None else model.token_to_id(model.unk_token)
+
+
+def _text(content: Any) -> str:
+    """A message's text, which may come in parts."""
+    return content if isinstance(content, str) else "".join(part.get("text") or "" for part in content or [])
+
+
+def _harmless(content: Any) -> str:
+    """Text that a template treats as it treats this: some leave out turns without any, and some strip it."""
+    text = _text(content)
+    return "x" if text.strip() else text[:1]
 
 
 def with_system(messages: Sequence[Message], system: str | None) -> list[Message]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import bisect
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ MAX_WEIGHT = 2.0
 HINTS = {
     "truncated": "raise generate.sampling.max_tokens, add a behaviour that asks for short answers, or set distill.keep_truncated",
     "empty": "look at the responses table: the model answered with blank text",
+    schema.SPECIAL_TOKENS: "the model samples special tokens in its answers: lower generate.sampling.temperature or raise min_p",
     "duplicate": "raise generate.sampling.temperature or add behaviours",
     "single_answer": "raise generate.samples, or set distill.labels: global",
     "inner_quantile": "raise distill.outer, or choose distill.strategy: balance",
@@ -123,16 +124,19 @@ def prompt_quantiles(scores: ArrayLike, prompt_ids: Sequence[str]) -> Floats:
     return quantiles
 
 
-def distill(pool: pa.Table, control: config.Control, settings: config.Distill, seed: int) -> Distilled:
+def distill(
+    pool: pa.Table, control: config.Control, settings: config.Distill, seed: int, special_ids: Set[int] = frozenset()
+) -> Distilled:
     """Make training examples of a scored pool.
 
     `pool` has response_id, prompt_id, messages, text, token_ids, finish_reason and a `score_<attribute>` for each one.
-    Reasons for dropped rows: truncated, empty, duplicate (same prompt and text), single_answer (labels by prompt),
-    inner_quantile (extremes), cell_full (balance), over_budget (max_examples). Raises DataError when nothing is left.
+    Reasons for dropped rows: truncated, empty, special_tokens (a token of `special_ids` was sampled before the answer's end: it
+    would stand in a training row as if a template had placed it), duplicate (same prompt and text), single_answer (labels by
+    prompt), inner_quantile (extremes), cell_full (balance), over_budget (max_examples). Raises DataError when nothing is left.
     """
     names = [a.name for a in control.attributes]
     pool = _ordered(pool, names)
-    reasons = _unusable(pool, settings.keep_truncated)
+    reasons = _unusable(pool, settings.keep_truncated, special_ids)
     usable = _remaining(reasons)
     scores_NA = _scores(pool, names, usable)
     levels = {a.name: Levels.fit(scores_NA[usable, i], a.levels) for i, a in enumerate(control.attributes)}
@@ -154,9 +158,9 @@ def distill(pool: pa.Table, control: config.Control, settings: config.Distill, s
     )
 
 
-def usable(pool: pa.Table, keep_truncated: bool) -> list[int]:
-    """Rows of a pool, sorted by response_id, that scales are fitted on: finished unless told otherwise, not empty, no repeats."""
-    return [i for i, reason in enumerate(_unusable(pool, keep_truncated)) if not reason]
+def usable(pool: pa.Table, keep_truncated: bool, special_ids: Set[int]) -> list[int]:
+    """Rows of a pool, sorted by response_id, that scales are fitted on: those that `distill` does not drop for what they are."""
+    return [i for i, reason in enumerate(_unusable(pool, keep_truncated, special_ids)) if not reason]
 
 
 def water_fill(counts: Sequence[int], budget: int) -> list[int]:
@@ -221,7 +225,7 @@ def _ordered(pool: pa.Table, names: Sequence[str]) -> pa.Table:
     return pool.select(needed).sort_by("response_id")
 
 
-def _unusable(pool: pa.Table, keep_truncated: bool) -> list[str]:
+def _unusable(pool: pa.Table, keep_truncated: bool, special_ids: Set[int] = frozenset()) -> list[str]:
     """Per row why it cannot be learned from, or an empty string; of equal answers the first by response_id stays."""
     seen: set[tuple[str, str]] = set()
     reasons = []
@@ -232,6 +236,8 @@ def _unusable(pool: pa.Table, keep_truncated: bool) -> list[str]:
             reasons.append("truncated")
         elif not key[1] or not tokens:
             reasons.append("empty")
+        elif not special_ids.isdisjoint(tokens[:-1] if finish in schema.FINISHED else tokens):  # the last one ends the turn
+            reasons.append(schema.SPECIAL_TOKENS)
         elif key in seen:
             reasons.append("duplicate")
         else:
@@ -413,14 +419,18 @@ def _dropped(ids: Sequence[str], reasons: Sequence[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=schema.DROPPED)
 
 
+_WIDER = "add behaviours (generate.behaviours) or choose another score"
+"""What makes answers differ in a score."""
+
+
 def _pool_warnings(levels: Mapping[str, Levels], after: Mapping[str, int], names: Sequence[str]) -> list[str]:
     warnings = [
-        f"score_{name} is {fitted.scores[0]:g} for every usable answer, so its dial has nothing to learn from"
+        f"score_{name} is {fitted.scores[0]:g} for every usable answer, so its dial has nothing to learn from; {_WIDER}"
         for name, fitted in levels.items()
         if len(fitted.scores) == 1
     ]
     if len(after) == 1:
         (cell, count), *_ = after.items()
         where = f"{', '.join(names)} = {cell}"
-        warnings.append(f"all {count} examples lie in one cell ({where}), so no dial can be learned")
+        warnings.append(f"all {count} examples lie in one cell ({where}), so no dial can be learned; {_WIDER}")
     return warnings

@@ -17,6 +17,7 @@ def plan(rows: Sequence[int], died: Sequence[Sequence[int]]) -> tuple[list[list[
     """Groups to work on after the groups `died` ended their process, once for each time, and the rows to leave out.
 
     Every row goes into a group an eighth the size of the smallest group that died with it; a row that died alone twice is out.
+    The largest groups come first: they are suspected least, and what is finished of them shows that processes do work.
     """
     smallest: dict[int, list[int]] = {}
     for group in sorted(died, key=len, reverse=True):
@@ -31,4 +32,4 @@ def plan(rows: Sequence[int], died: Sequence[Sequence[int]]) -> tuple[list[list[
     for group, members in together.items():
         size = max(len(group) // SPLIT, 1) if group else len(members)
         groups += [members[i : i + size] for i in range(0, len(members), size)]
-    return sorted(groups), killers
+    return sorted(groups, key=lambda group: (-len(group), group)), killers

@@ -28,8 +28,8 @@ class Summary:
 
 
 def find(folder: str | None = None) -> list[Summary]:
-    """Runs right below a folder (the user's data directory when unset), latest first."""
-    storage = Storage(folder or str(config.data_home() / "runs"))
+    """Runs right below a folder or URI (the user's data directory when unset), latest first."""
+    storage = Storage(_absolute(folder or str(config.data_home() / "runs")))
     found = [summary(storage.sub(name)) for name in storage.folders() if storage.exists(name, "job.yaml")]
     return sorted(found, key=lambda s: s.started, reverse=True)
 
@@ -46,12 +46,16 @@ def summary(storage: Storage) -> Summary:
 def locate(name: str) -> Storage:
     """The run of that name in the user's data directory, or at that path or URI. Raises ConfigError when there is none."""
     here = str(config.data_home() / "runs" / name) if "/" not in name else name
-    root = here if "://" in here else str(Path(here).expanduser().resolve())
-    storage = Storage(root)
+    storage = Storage(root := _absolute(here))
     if not storage.exists("job.yaml"):
         known = [Path(s.root).name for s in find()]
         raise ConfigError(f"no run at {root}; known runs: {', '.join(known) or 'none'}. `ctrlray runs list` shows them")
     return storage
+
+
+def _absolute(folder: str) -> str:
+    """A folder as seen from here; a URI as it is."""
+    return folder if "://" in folder else str(Path(folder).expanduser().resolve())
 
 
 def stale(storage: Storage) -> list[tuple[str, str]]:

@@ -19,6 +19,8 @@ VERSION = 1
 FINISHED = ("stop", "sentence")
 """Finish reasons of complete answers: ended by the model, or cut back to their last complete sentence. Else `length`."""
 ROLES = ("system", "user", "assistant", "tool")
+SPECIAL_TOKENS = "special_tokens"
+"""Why a row is left out whose text the tokenizer reads as special tokens, or whose sampled answer holds one."""
 PROMPTS_PER_PART = 4096
 """Rows of a part of the prompts table; what works on a large one reads a part at a time."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,11 @@ from pyarrow import fs
 from ctrlray.errors import ConfigError, DataError, StorageError
 from ctrlray.schema import VERSION
 
+_OBJECT_STORES = frozenset(("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oci", "oss", "obs", "tos", "hf"))
+"""File systems, of pyarrow by their type and of fsspec by their protocol, that publish an object when its upload ends."""
+_FILES_AT_ONCE = 256
+"""Parts that one data set is made of: pyarrow keeps the metadata of each as long as it reads the others."""
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -32,8 +39,11 @@ class Storage:
     def _opened(self) -> tuple[fs.FileSystem, str]:
         try:
             filesystem, path = fs.FileSystem.from_uri(self.uri if "://" in self.uri else Path(self.uri).as_uri())
+        except ImportError as error:  # fsspec has a package for each kind of storage
+            raise StorageError(f"storage {self.uri!r}: {_package(error)}, then run the same command again") from error
         except (pa.ArrowInvalid, ValueError, OSError) as error:
-            raise ConfigError(f"storage {self.uri!r}: {error}. Give an absolute path or a URI such as s3://bucket/run") from error
+            why = str(error).partition("\n")[0]  # that of hdfs goes on with every place where no Java is
+            raise ConfigError(f"storage {self.uri!r}: {why}. Give an absolute path or a URI such as s3://bucket/run") from error
         return filesystem, path.rstrip("/")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -60,37 +70,44 @@ class Storage:
 
     def exists(self, *parts: str) -> bool:
         """Whether a file or folder is there."""
-        return bool(self.filesystem.get_file_info(self.path(*parts)).type != fs.FileType.NotFound)
+        with _reached(path := self.path(*parts)):
+            _forget(self.filesystem)
+            return bool(self.filesystem.get_file_info(path).type != fs.FileType.NotFound)
 
     def names(self, *parts: str, suffix: str = "") -> list[str]:
         """Sorted names of the files in a folder; empty when there is none."""
-        selector = fs.FileSelector(self.path(*parts), allow_not_found=True)
-        infos = self.filesystem.get_file_info(selector)
+        infos = self._listed(*parts)
         return sorted(i.base_name for i in infos if i.type == fs.FileType.File and i.base_name.endswith(suffix))
 
     def files(self, *parts: str) -> list[str]:
         """Sorted paths of all files below a folder, relative to it; empty when there is none."""
         top = self.path(*parts)
-        infos = self.filesystem.get_file_info(fs.FileSelector(top, allow_not_found=True, recursive=True))
+        infos = self._listed(*parts, recursive=True)
         return sorted(i.path.removeprefix(top).lstrip("/") for i in infos if i.type == fs.FileType.File)
 
     def folders(self, *parts: str) -> list[str]:
         """Sorted names of the folders in a folder; empty when there is none."""
-        infos = self.filesystem.get_file_info(fs.FileSelector(self.path(*parts), allow_not_found=True))
-        return sorted(i.base_name for i in infos if i.type == fs.FileType.Directory)
+        return sorted(i.base_name for i in self._listed(*parts) if i.type == fs.FileType.Directory)
 
     def size(self, *parts: str) -> int:
         """Bytes of all files below a folder."""
-        selector = fs.FileSelector(self.path(*parts), allow_not_found=True, recursive=True)
-        return sum(i.size for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File)
+        return sum(i.size for i in self._listed(*parts, recursive=True) if i.type == fs.FileType.File)
+
+    def _listed(self, *parts: str, recursive: bool = False) -> list[fs.FileInfo]:
+        with _reached(path := self.path(*parts)):
+            _forget(self.filesystem)
+            selector = fs.FileSelector(path, allow_not_found=True, recursive=recursive)
+            return list(self.filesystem.get_file_info(selector))
 
     def remove(self, *parts: str) -> None:
-        """Remove a file."""
-        self.filesystem.delete_file(self.path(*parts))
+        """Remove a file. Raises FileNotFoundError where there is none."""
+        with _reached(path := self.path(*parts), "delete"):
+            self.filesystem.delete_file(path)
 
     def delete(self, *parts: str) -> None:
         """Remove a folder with everything below it."""
-        self.filesystem.delete_dir(self.path(*parts))
+        with _reached(path := self.path(*parts), "delete"):
+            self.filesystem.delete_dir(path)
 
     def write_bytes(self, data: bytes, *parts: str) -> None:
         """Write a file so that readers see all of it or none of it. Raises StorageError with the next step."""
@@ -101,13 +118,16 @@ class Storage:
             raise StorageError(f"cannot write {target}: {_next_step(error)}") from error
 
     def _write(self, data: bytes, target: str) -> None:
-        if not self.is_local:  # object stores publish an object when its upload ends
+        if not _OBJECT_STORES.isdisjoint(_kinds(self.filesystem)):
             with self.filesystem.open_output_stream(target) as sink:
                 sink.write(data)
             return
-        self.filesystem.create_dir(target.rsplit("/", 1)[0], recursive=True)
         folder, name = target.rsplit("/", 1)
+        self.filesystem.create_dir(folder, recursive=True)
         temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        if not self.is_local:
+            _write_and_move(self.filesystem, data, temporary, target)
+            return
         try:
             with open(temporary, "wb") as file:
                 file.write(data)
@@ -118,8 +138,8 @@ class Storage:
             Path(temporary).unlink(missing_ok=True)
 
     def read_bytes(self, *parts: str) -> bytes:
-        """A file's content."""
-        with self.filesystem.open_input_stream(self.path(*parts)) as source:
+        """A file's content. Raises FileNotFoundError where there is none."""
+        with _reached(path := self.path(*parts)), self.filesystem.open_input_stream(path) as source:
             return bytes(source.read())
 
     def write_json(self, value: Any, *parts: str) -> None:
@@ -141,12 +161,15 @@ class Storage:
         if not (files := self.names(name, suffix=".parquet")):
             empty = schema.empty_table()
             return empty.select(columns) if columns else empty
-        return self._dataset(name, files, schema, columns).to_table(columns=columns)
+        with _reached(self.path(name)):
+            return self._dataset(name, files, schema, columns).to_table(columns=columns)
 
     def batches(self, name: str, schema: pa.Schema, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
         """The rows of `read_table` a batch at a time, for tables that do not fit into memory."""
-        if files := self.names(name, suffix=".parquet"):
-            yield from self._dataset(name, files, schema, columns).to_batches(columns=columns)
+        files = self.names(name, suffix=".parquet")
+        with _reached(self.path(name)):
+            for i in range(0, len(files), _FILES_AT_ONCE):
+                yield from self._dataset(name, files[i : i + _FILES_AT_ONCE], schema, columns).to_batches(columns=columns)
 
     def _dataset(self, name: str, files: list[str], schema: pa.Schema, columns: list[str] | None) -> Any:
         first = pq.read_schema(self.path(name, files[0]), filesystem=self.filesystem)
@@ -173,8 +196,8 @@ class Storage:
         )
 
     def read_part(self, name: str, part: str, schema: pa.Schema, columns: list[str] | None = None) -> pa.Table:
-        """One part of a table."""
-        with self.filesystem.open_input_file(self.path(name, f"{part}.parquet")) as source:
+        """One part of a table. Raises FileNotFoundError where there is none."""
+        with _reached(path := self.path(name, f"{part}.parquet")), self.filesystem.open_input_file(path) as source:
             return pq.read_table(source, schema=schema, columns=columns)
 
 
@@ -188,12 +211,123 @@ def slices(table: pa.Table, rows: int) -> list[pa.Table]:
     return [table.slice(i, rows) for i in range(0, table.num_rows, rows)]
 
 
+def _kinds(filesystem: Any) -> tuple[str, ...]:
+    """What kind a file system is; one of fsspec may go by several protocols."""
+    behind = _fsspec(filesystem)
+    protocol = filesystem.type_name if behind is None else behind.protocol
+    return (protocol,) if isinstance(protocol, str) else tuple(protocol)
+
+
+def _fsspec(filesystem: Any) -> Any:
+    """The file system of fsspec behind one of pyarrow; None where there is none."""
+    return getattr(getattr(filesystem, "handler", None), "fs", None)
+
+
+def _forget(filesystem: Any) -> None:
+    """Have fsspec list folders anew: it remembers what it saw there, and other processes write to them."""
+    if (behind := _fsspec(filesystem)) is not None:
+        behind.invalidate_cache()
+
+
+def _write_and_move(disk: Any, data: bytes, temporary: str, target: str) -> None:
+    """Write a file under another name, then give it its own."""
+    try:
+        with disk.open_output_stream(temporary) as sink:
+            sink.write(data)
+        try:
+            disk.move(temporary, target)
+        except OSError:
+            if disk.get_file_info(target).type == fs.FileType.NotFound:
+                raise
+            _replace(disk, temporary, target)
+    except BaseException:
+        with suppress(Exception):  # what went wrong first is what is told
+            disk.delete_file(temporary)
+        raise
+
+
+def _replace(disk: Any, temporary: str, target: str) -> None:
+    """Move a file to where one is, for file systems such as hdfs that move nothing onto another; for a moment there is none."""
+    old = f"{temporary}.old"
+    disk.move(target, old)
+    try:
+        disk.move(temporary, target)
+    except BaseException:
+        disk.move(old, target)
+        raise
+    disk.delete_file(old)
+
+
+def _package(error: ImportError) -> str:
+    """What has to be installed, by what could not be imported."""
+    lacks: BaseException | None = error
+    while lacks is not None and not getattr(lacks, "name", None):
+        lacks = lacks.__cause__
+    name = str(getattr(lacks, "name", "that package")).partition(".")[0]
+    return f"{str(error).rstrip('.')}. Install {name} on every node"
+
+
+@contextmanager
+def _reached(path: str, doing: str = "read") -> Iterator[None]:
+    """Raise StorageError with the next step for what keeps `path` from being read; a missing file is the caller's."""
+    try:
+        yield
+    except (FileNotFoundError, StorageError):
+        raise
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            step = f"{_reason(error)}. Give this user the right to it, or give another run_root"
+        else:
+            step = f"{error}. {_CHECK}"
+        raise StorageError(f"cannot {doing} {path}: {step}") from error
+
+
+def disk_error(error: BaseException, place: str | None = None) -> StorageError | None:
+    """What an error that was raised elsewhere says of a disk: full, not to be written to, or another user's; None for others.
+
+    It names the file where the error does, else `place`. Libraries in Rust, safetensors among them, give the number as text.
+    """
+    number, file = getattr(error, "errno", None), getattr(error, "filename2", None) or getattr(error, "filename", None)
+    reason = error if isinstance(error, OSError) else None
+    if reason is None and (said := _RUST.search(str(error))):
+        number, file = int(said[1]), said[2]
+        reason = OSError(number, os.strerror(number))
+    if reason is None or number not in _DISK:
+        return None
+    where = file or place
+    if number in (errno.EACCES, errno.EPERM):
+        step = "Give this user the right to it, or give another run_root"
+        return StorageError(f"cannot reach {where or 'a file'}: {_reason(reason)}. {step}")
+    return StorageError(f"cannot write {where or 'to a disk'}: {_next_step(reason)}")
+
+
+@contextmanager
+def written(place: str) -> Iterator[None]:
+    """Raise StorageError with `place` and the next step when a disk refuses what is written there by other means than Storage."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except Exception as error:
+        if (told := disk_error(error, place)) is None:
+            raise
+        raise told from error
+
+
+_DISK = frozenset((errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM))
+_RUST = re.compile(r'\(os error (\d+)\)(?: at path "([^"]+)")?')
+_CHECK = "Check the storage and its credentials, then run the same command again; what was written is kept"
+
+
+def _reason(error: OSError) -> str:
+    return (error.strerror or str(error)).lower()
+
+
 def _next_step(error: OSError) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return "the disk is full. Free some space and run the same command again; what was written before is kept"
         case errno.EROFS | errno.EACCES | errno.EPERM | errno.ENOENT | errno.ENOTDIR:
-            reason = (error.strerror or str(error)).lower()
-            return f"{reason}. Make the folder writable, or give another run_root"
+            return f"{_reason(error)}. Make the folder writable, or give another run_root"
         case _:
-            return f"{error}. Check the storage and its credentials, then run the same command again; what was written is kept"
+            return f"{error}. {_CHECK}"

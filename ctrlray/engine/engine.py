@@ -71,20 +71,21 @@ class EngineSpec:
         if self.gpus:
             # the engine is a process of its own there, and is handed functions to load weights and to read them back
             return self.device_environment() | {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        # in one process: the default spawns two more, and each imports vLLM again (48 s against 6 s)
-        return self.device_environment() | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_WORKER_MULTIPROC_METHOD": "fork"}
+        return self.device_environment() | {"VLLM_WORKER_MULTIPROC_METHOD": "fork"}
 
     def build(self) -> Engine:
         """The engine, in this process; `environment` belongs in `os.environ` before."""
         return Engine(self)
 
     def device_environment(self) -> dict[str, str]:
-        """Of these, what does not depend on which processes the engine has."""
+        """Of these, what holds too where a server has put the engine into a process of its own."""
         common = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR", "TOKENIZERS_PARALLELISM": "false"}
         if self.gpus:
             return common
         cores = sorted(os.sched_getaffinity(0))
         return common | {
+            # model and scheduler in one process: each more that is spawned imports vLLM again (with two, 48 s against 6 s)
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "VLLM_CPU_KVCACHE_SPACE": str(self.settings.kv_cache_gib),
             # by default vLLM leaves a core idle, which on two cores is half of the machine
             "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) if self.whole_machine else "auto",

@@ -125,18 +125,19 @@ class EnginePool:
         prompts: Sequence[Sequence[int]],
         sampling: Sampling,
         batch_size: int,
-        progress: Callable[[int, int], None] = lambda rows, tokens: None,
+        done: Callable[[list[int], list[Completion]], None] = lambda rows, made: None,
     ) -> list[Completion | None]:
         """One answer per prompt, in order, None for a prompt that ends engines; batches go to whichever engine is free.
 
-        `progress(rows, tokens)` is called per batch. Raises ClusterError when engines end too often, or nothing comes.
+        `done(rows, made)` is called with each batch's places among the prompts, and its answers. Raises ClusterError when engines
+        end too often, or nothing comes.
         """
         answers: list[Completion | None] = [None] * len(prompts)
 
         def keep(batch: list[int], made: list[Completion]) -> None:
             for i, completion in zip(batch, made, strict=True):
                 answers[i] = completion
-            progress(len(batch), sum(len(c.token_ids) for c in made))
+            done(batch, made)
 
         self._engines.run(len(prompts), batch_size, lambda e, rows: e.generate.remote([prompts[i] for i in rows], sampling), keep)
         return answers
@@ -212,6 +213,7 @@ class EnginePool:
             held.append(self._proved(index, Held(r.version, compare(expected, r.sums), 0.0, r.seconds), version))
             self._agree(index, held[-1], held[0].checksums)
         self._checksums, self.weights_version = held[0].checksums, version
+        record(current(), "ctrlray_weights_version", version)
         slowest = max(h.reload_s for h in held)
         return Sync(version, Seconds(0.0, slowest, slowest), dict(self._checksums))
 

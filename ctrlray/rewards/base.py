@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -26,4 +26,15 @@ class Scorer(Protocol):
 
         Higher is more of the attribute. Scores have no fixed unit: only their order and differences count.
         """
+        ...
+
+
+@runtime_checkable
+class RowScorer(Scorer, Protocol):
+    """A scorer that knows by itself which rows failed, and so is not asked again for the others."""
+
+    def rows(
+        self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]
+    ) -> tuple[dict[str, Floats], list[str]]:
+        """Scores by output, NaN where there is none, and one error per row, `kind: words`, empty where all is well."""
         ...

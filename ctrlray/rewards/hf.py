@@ -20,7 +20,8 @@ UNITS = "ctrlray_units"
 class HFScorer:
     """Scores conversation plus answer with AutoModelForSequenceClassification, in length-sorted batches."""
 
-    def __init__(self, reward: config.HFReward) -> None:
+    def __init__(self, reward: config.HFReward, setting: str = "rewards.model") -> None:
+        """Raises ConfigError when the model cannot be used, as what `setting` says."""
         import torch
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -28,7 +29,7 @@ class HFScorer:
 
         folder = models.resolve(
             config.Model(name=reward.model, revision=reward.revision, trust_remote_code=reward.trust_remote_code),
-            "rewards.model",
+            setting,
         )
         self.attributes = reward.attributes
         self._batch_size = reward.batch_size

@@ -21,11 +21,11 @@ _WORDS = Words("reward actor", "a", "answers", "score.pool.max_restarts", "score
 class RewardHost:
     """One reward in a process of its own."""
 
-    def __init__(self, reward: config.Reward) -> None:
+    def __init__(self, reward: config.Reward, place: str = "rewards") -> None:
         yield_to_engines()
         self._refusal: CtrlRayError | None = None
         try:
-            self._scorer: Scorer = build(reward)
+            self._scorer: Scorer = build(reward, place)
         except CtrlRayError as error:  # out of a constructor it would reach nobody as what it is
             self._refusal = error
 
@@ -47,8 +47,20 @@ class RewardPool:
     is alone and left out. `pool.max_restarts` bounds that, for each reward.
     """
 
-    def __init__(self, rewards: Sequence[config.Reward], pool: config.Pool, name: str, stall_timeout_s: float) -> None:
-        self._pools = [ActorPool(RewardHost, (r,), pool, f"{name}-{i}", _WORDS, stall_timeout_s) for i, r in enumerate(rewards)]
+    def __init__(
+        self,
+        rewards: Sequence[config.Reward],
+        pool: config.Pool,
+        name: str,
+        stall_timeout_s: float,
+        places: Sequence[str] | None = None,
+    ) -> None:
+        """`places` are where the job has them, for errors."""
+        where = places or ["rewards"] * len(rewards)
+        self._pools = [
+            ActorPool(RewardHost, (reward, place), pool, f"{name}-{i}", _WORDS, stall_timeout_s)
+            for i, (reward, place) in enumerate(zip(rewards, where, strict=True))
+        ]
         self._outputs: list[tuple[str, ...]] = []
 
     def __enter__(self) -> RewardPool:

@@ -15,14 +15,17 @@ from ctrlray.rewards.base import Floats, Scorer
 from ctrlray.schema import Message
 
 
-def build(reward: config.Reward) -> Scorer:
-    """The scorer that `reward` describes. Raises ConfigError when it cannot be made."""
+def build(reward: config.Reward, place: str = "rewards") -> Scorer:
+    """The scorer that `reward` describes. Raises ConfigError when it cannot be made.
+
+    `place` is where the job has it, `rewards.1`, for errors of its model.
+    """
     match reward:
         case config.EmbeddedReward():
             from ctrlray import models
             from ctrlray.rewards.embedded import EmbeddedReward
 
-            folder = models.resolve(config.Model(name=reward.model))
+            folder = models.resolve(config.Model(name=reward.model), f"{place}.model")
             return EmbeddedReward(folder, Path(reward.heads) if reward.heads else None)
         case config.TfidfReward():
             from ctrlray.rewards.tfidf import TfidfScorer
@@ -31,7 +34,7 @@ def build(reward: config.Reward) -> Scorer:
         case config.HFReward():
             from ctrlray.rewards.hf import HFScorer
 
-            return HFScorer(reward)
+            return HFScorer(reward, f"{place}.model")
         case config.FunctionReward():
             return FunctionScorer(reward)
         case config.HTTPReward():

@@ -3,38 +3,49 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.isolate import DIED
-from ctrlray.rewards.base import Floats, Scorer
+from ctrlray.rewards.base import Floats, RowScorer, Scorer
 from ctrlray.schema import Message
+
+T = TypeVar("T")
 
 
 def score_rows(scorer: Scorer, chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[dict[str, Floats], list[str]]:
     """Scores by output and one error per row (empty when fine). A batch that raises is tried row by row."""
-    columns = {name: np.full(len(texts), np.nan, np.float32) for name in scorer.attributes}
-    errors = [""] * len(texts)
-    try:
-        _fill(columns, scorer(chats, texts), slice(None), len(texts))
-    except (ConfigError, ClusterError):  # no row's fault: a wrong token, a server that is not there
-        raise
-    except Exception as whole:
-        for i in range(len(texts)):
-            try:
-                _fill(columns, scorer([chats[i]], [texts[i]]), slice(i, i + 1), 1)
-            except (ConfigError, ClusterError):
-                raise
-            except Exception as error:
-                errors[i] = f"{type(error).__name__}: {error or whole}"
+    columns, errors = scorer.rows(chats, texts) if isinstance(scorer, RowScorer) else _tried(scorer, chats, texts)
     for name, values in columns.items():
         for i in np.flatnonzero(~np.isfinite(values)):
             errors[i] = errors[i] or f"not_finite: {name} is {values[i]}"
     return columns, errors
+
+
+def _tried(scorer: Scorer, chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[dict[str, Floats], list[str]]:
+    columns = {name: np.full(len(texts), np.nan, np.float32) for name in scorer.attributes}
+
+    def fill(rows: slice) -> None:
+        _fill(columns, scorer(chats[rows], texts[rows]), rows, len(texts[rows]))
+
+    _, failed = caught(partial(fill, slice(0, len(texts))))
+    each = [slice(i, i + 1) for i in range(len(texts))] if failed else []
+    return columns, [caught(partial(fill, row))[1] for row in each] or [""] * len(texts)
+
+
+def caught(call: Callable[[], T]) -> tuple[T | None, str]:
+    """What a call gives, or the error, `kind: words`, that is its rows' fault."""
+    try:
+        return call(), ""
+    except (ConfigError, ClusterError):  # no row's fault: a wrong token, a server that is not there
+        raise
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}"
 
 
 def _fill(columns: dict[str, Floats], given: Mapping[str, Any], rows: slice, size: int) -> None:
@@ -64,4 +75,4 @@ def by_length(chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> list[
 def yield_to_engines() -> None:
     """On CPU a reward actor takes what the engine beside it leaves: two busy thread pools halve each other and worse."""
     if not os.environ.get("CUDA_VISIBLE_DEVICES"):
-        os.nice(10)
+        os.nice(19)

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from ctrlray import config, schema
+from ctrlray import config, models, schema
+from ctrlray.control import ControlSpace
 from ctrlray.distill import Levels, distill
 from ctrlray.ledger import StageResult
 from ctrlray.metrics.entanglement import pool_slopes
@@ -16,10 +17,11 @@ from ctrlray.tables import Storage
 
 
 def run(prompts: pa.Table, responses: pa.Table, scores: pa.Table, job: config.Job, out: Storage) -> StageResult:
-    """Make the examples table. Deterministic: the same tables give the same bytes."""
+    """Make the examples table. Deterministic: the same tables give the same bytes. Rows are scores."""
     pool = join(prompts, responses, scores)
     names = [a.name for a in job.control.attributes]
-    made = distill(pool, job.control, job.distill, job.seed)
+    space = ControlSpace.of(job.control)
+    made = distill(pool, job.control, job.distill, job.seed, models.prepare(job.model, space).renderer(space).special_ids)
     out.write_table(made.examples, "examples")
     out.write_table(made.dropped, "dropped")
     facts: dict[str, Any] = {
@@ -30,7 +32,7 @@ def run(prompts: pa.Table, responses: pa.Table, scores: pa.Table, job: config.Jo
     }
     out.write_json({n: made.levels[n].to_dict() for n in names}, "levels.json")
     dropped = dict(sorted(Counter(made.dropped["reason"].to_pylist()).items()))
-    return StageResult(pool.num_rows, made.examples.num_rows, dropped, facts=facts)
+    return StageResult(scores.num_rows, made.examples.num_rows, dropped, facts=facts)
 
 
 def join(prompts: pa.Table, responses: pa.Table, scores: pa.Table) -> pa.Table:

@@ -11,6 +11,7 @@ from ctrlray import config
 from ctrlray.control import ControlSpace, dialled_template, safe_template, special_strings
 from ctrlray.ledger import StageResult
 from ctrlray.models import PreparedBase
+from ctrlray.tables import written
 
 CARD = "ctrlray.json"
 """The file in an exported folder that describes its dial."""
@@ -31,11 +32,12 @@ def finish(folder: str, base: PreparedBase, job: config.Job, method: str, figure
         allowed=job.export.levels,
         defaults=job.export.defaults,
     )
-    tokenizer.save_pretrained(folder)
     target = Path(folder)
-    (target / "ctrlray_base.json").unlink(missing_ok=True)
-    (target / CARD).write_text(json.dumps(dial(job, method), indent=1) + "\n")
-    (target / "README.md").write_text(card(job, method, figures))
+    with written(folder):
+        tokenizer.save_pretrained(folder)
+        (target / "ctrlray_base.json").unlink(missing_ok=True)
+        (target / CARD).write_text(json.dumps(dial(job, method), indent=1) + "\n")
+        (target / "README.md").write_text(card(job, method, figures))
     return StageResult(1, 1, facts={"folder": folder, "method": method})
 
 
@@ -49,9 +51,10 @@ def finish_start(folder: str, base: PreparedBase, job: config.Job) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     specials = special_strings(tokenizer, ControlSpace.of(job.control))
     tokenizer.chat_template = safe_template(base.base_template, specials)
-    tokenizer.save_pretrained(folder)
-    (Path(folder) / "ctrlray_base.json").unlink(missing_ok=True)
-    (Path(folder) / CARD).write_text(json.dumps(dial(job, START), indent=1) + "\n")
+    with written(folder):
+        tokenizer.save_pretrained(folder)
+        (Path(folder) / "ctrlray_base.json").unlink(missing_ok=True)
+        (Path(folder) / CARD).write_text(json.dumps(dial(job, START), indent=1) + "\n")
 
 
 def dial(job: config.Job, method: str) -> dict[str, Any]:

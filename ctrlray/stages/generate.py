@@ -30,8 +30,8 @@ from ctrlray.errors import ClusterError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
-from ctrlray.placement import WRITE_CPUS, expanders, on_nodes
-from ctrlray.stages.journal import IN_FLIGHT, Journal
+from ctrlray.placement import WRITE_CPUS, on_nodes, writers
+from ctrlray.stages.journal import IN_FLIGHT, Journal, set_aside
 from ctrlray.stages.requests import (
     ExpandRange,
     Keys,
@@ -50,15 +50,17 @@ from ctrlray.telemetry import Where, current, record_if_restarted, warn
 class GenerateBatch:
     """Ray Data actor: a file of requests in, their answers written and passed on."""
 
-    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where) -> None:
+    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where, max_restarts: int) -> None:
         os.environ.update(spec.environment())
         record_if_restarted(where, "engine")
-        began = time.monotonic()
-        self._engine = spec.build()
-        note_start(out, time.monotonic() - began)
         self._sampling = sampling
         self._out, self._where = out, where
         self._journal = Journal(out.sub(IN_FLIGHT))
+        if not self._journal.start(max_restarts):  # its first batch says so: what a constructor raises reaches nobody
+            return
+        began = time.monotonic()
+        self._engine = spec.build()
+        note_start(out, time.monotonic() - began)
 
     def __call__(self, files: pa.Table) -> pa.Table:
         """Answer one file of requests; its answers are written atomically before anything downstream sees them."""
@@ -75,15 +77,10 @@ class GenerateBatch:
             kept = pa.Table.from_batches(list(mine), schema.RESPONSES)
             return list(kept["response_id"].to_pylist())
 
-        tables, killers = self._journal.run(ids, lambda group: self._answer([rows[i] for i in group]), done)
-        if killers:
-            bad = [
-                {"stage": "generate", "row_id": ids[i], "error": DIED, "detail": f"alone with it the engine ended: {words}"}
-                for i, words in killers.items()
-            ]
-            self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
-            for row in bad:
-                warn(self._where, f"quarantined, {row['error']}: {row['detail']}", row["row_id"])
+        def aside(row: str, words: str) -> None:
+            set_aside(self._out, self._where, "generate", row, DIED, f"alone with it the engine ended: {words}")
+
+        tables, _ = self._journal.run(ids, lambda group: self._answer([rows[i] for i in group]), done, aside)
         made = pa.concat_tables([kept, *tables])
         # in the order asked for, so that who works on this block after its node was lost makes the very same block again
         place = {key: i for i, key in enumerate(made["response_id"].to_pylist())}
@@ -162,8 +159,9 @@ def run(
     progress.advance(total - pending)
     if pending:
         progress.note("starting vLLM")
-        stream = generate_stream(write(), out, settings, spec)
-        consume(then(stream) if then else stream, progress, patience)
+        extended = then or (lambda stream: stream)
+        # no name for the stream: what it holds of each block goes before the accounts are made
+        consume(extended(generate_stream(write(), out, settings, spec)), progress, patience)
     if isinstance(prompts, PromptParts):
         asked = all_keys(prompts, settings, fingerprint)  # now, when no engine waits for it
     return _accounts(asked, out, settings.pool.max_size)
@@ -184,13 +182,13 @@ def _written(pending: pa.Table, settings: config.Generate, out: Storage) -> ray.
 def _expanded(items: Sequence[Mapping[str, Any]], settings: config.Generate, recipe: tuple[Any, ...]) -> ray.data.Dataset:
     """Files of requests that actors write while others are answered."""
     rows = ray.data.from_items(list(items), override_num_blocks=len(items))
-    writers = expanders(settings.pool.max_size)
+    number = writers(settings.pool.max_size)
     return rows.map_batches(
         ExpandRange,
         fn_constructor_args=recipe,
         batch_size=1,
         batch_format="pyarrow",
-        **actor_options(config.Pool(min_size=writers, max_size=writers, cpus=WRITE_CPUS)),
+        **actor_options(config.Pool(min_size=number, max_size=number, cpus=WRITE_CPUS)),
     )
 
 
@@ -205,22 +203,27 @@ def generate_stream(
     """The lazy stream of answered blocks: one file of requests is one block, read by the engine's own actor."""
     return requests.map_batches(
         GenerateBatch,
-        fn_constructor_args=(spec, settings.sampling, out, current()),
+        fn_constructor_args=(spec, settings.sampling, out, current(), settings.pool.max_restarts),
         batch_size=1,
         batch_format="pyarrow",
-        **actor_options(settings.pool, gpus=settings.pool.gpus * settings.engine.tensor_parallel),
+        **actor_options(settings.pool, gpus=settings.pool.gpus * settings.engine.tensor_parallel, journaled=True),
     )
 
 
-def actor_options(pool: config.Pool, gpus: float | None = None) -> dict[str, Any]:
-    """Arguments of `map_batches` for a pool: its size, its resources, and an end to restarts (Ray Data's own has none)."""
+def actor_options(pool: config.Pool, gpus: float | None = None, journaled: bool = False) -> dict[str, Any]:
+    """Arguments of `map_batches` for a pool: its size, its resources, and an end to restarts (Ray Data's own has none).
+
+    Ray counts restarts over an actor's life. Actors that keep a journal and `start` it are restarted without end by Ray: the
+    journal counts those in vain, and ends the stage.
+    """
+    restarts = -1 if journaled else pool.max_restarts
     return {
         "compute": ray.data.ActorPoolStrategy(min_size=pool.min_size, max_size=pool.max_size, max_tasks_in_flight_per_actor=2),
         "num_cpus": pool.cpus,
         "num_gpus": pool.gpus if gpus is None else gpus,
         "resources": on_nodes(pool.nodes),
-        "max_restarts": pool.max_restarts,
-        "max_task_retries": pool.max_restarts,
+        "max_restarts": restarts,
+        "max_task_retries": restarts,
     }
 
 
@@ -252,29 +255,41 @@ def consume(stream: ray.data.Dataset, progress: Progress, patience: Patience) ->
     blocks = stream.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
     try:
         for block in patience.each(blocks):
-            progress.advance(
-                block.num_rows, sum(map(len, block["token_ids"].to_pylist())) if "token_ids" in block.column_names else 0
-            )
+            progress.advance(block.num_rows, num_tokens(block))
     except ray.exceptions.RayActorError as error:
         often = f"an actor died more often than pool.max_restarts allows, with {patience.waits_for()}"
         what = "an actor did not start" if error.actor_init_failed else often
         raise ClusterError(f"{patience.stage}: {what}; it ended with: {last_line(error)}. What is finished is kept.") from error
 
 
+def num_tokens(block: pa.Table) -> int:
+    """Of all answers of a block, which has them, or how many each has, or neither."""
+    if "token_ids" in block.column_names:
+        return int(pc.sum(pc.list_value_length(block["token_ids"])).as_py() or 0)
+    return int(pc.sum(block["num_tokens"]).as_py() or 0) if "num_tokens" in block.column_names else 0
+
+
 def _accounts(asked: Keys, out: Storage, engines: int) -> StageResult:
-    out.check_unique("responses", schema.RESPONSES, "response_id")
-    reasons: dict[str, int] = {}
-    answered, tokens, ended = [keys([])], [np.zeros(0, np.int32)], [np.zeros(0, np.int8)]
+    """What became of each request of `asked`, which it sorts. Of each it holds eight bytes and whether it is answered."""
+    asked.sort()
+    answered = np.zeros(asked.size, np.bool_)
+    finished: Counter[str] = Counter()
+    tokens, twice = 0, False
     for batch in out.batches("responses", schema.RESPONSES, ["response_id", "token_ids", "finish_reason"]):
-        answered.append(keys(batch["response_id"].to_pylist()))
-        tokens.append(batch["token_ids"].value_lengths().to_numpy(zero_copy_only=False))
-        ended.append(np.array([reasons.setdefault(r, len(reasons)) for r in batch["finish_reason"].to_pylist()], np.int8))
-    known, first = np.unique(np.concatenate(answered), return_index=True)
-    rows = first[among(known, np.sort(asked))]
+        ids = keys(batch["response_id"].to_pylist())
+        mine = np.flatnonzero(among(ids, asked))
+        places, first = np.unique(np.searchsorted(asked, ids[mine]), return_index=True)
+        new = ~answered[places]
+        twice |= places.size < mine.size or not new.all()
+        answered[places] = True
+        rows = batch.take(pa.array(mine[first[new]]))
+        tokens += int(pc.sum(rows["token_ids"].value_lengths()).as_py() or 0)
+        finished.update(rows["finish_reason"].to_pylist())
+    if twice:
+        out.check_unique("responses", schema.RESPONSES, "response_id")
     bad = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
-    lost = ~among(keys(list(bad)), known)
+    lost = ~among(keys(list(bad)), asked[answered])
     quarantined = dict(Counter(error for error, is_lost in zip(bad.values(), lost, strict=True) if is_lost))
-    counts = np.bincount(np.concatenate(ended)[rows], minlength=len(reasons))
-    finished = {name: int(counts[code]) for name, code in reasons.items() if counts[code]}
-    facts = {"finish_reasons": finished, "start_s": round(start_seconds(out) / engines, 1)}  # engines start side by side
-    return StageResult(asked.size, rows.size, {}, quarantined, int(np.concatenate(tokens)[rows].sum()), facts)
+    # engines start side by side
+    facts = {"finish_reasons": dict(finished), "start_s": round(start_seconds(out) / engines, 1)}
+    return StageResult(asked.size, int(answered.sum()), {}, quarantined, tokens, facts)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,8 @@ from ctrlray.stages.questions import RERANKING
 from ctrlray.stages.score import Conversations, job_attributes, patience_of, score_stream
 from ctrlray.tables import Storage, from_rows, slices
 
+NO_SCORE = "score"
+"""The reason where a reward gave no score and the quarantine has none."""
 Texts = Mapping[str, tuple[str, str]]
 """Prompt id and answer of each distinct pair of them, by `text_id`."""
 
@@ -31,6 +34,8 @@ class Scored(NamedTuple):
     scores: Mapping[str, Mapping[str, float]]
     """By `text_id`, then by attribute."""
     scales: Mapping[str, LevelScale]
+    errors: Mapping[str, str] = MappingProxyType({})
+    """Why a text has no scores, by `text_id`."""
 
     def units(self, name: str, text_ids: Sequence[str]) -> Any:
         """Level units of some texts, float64 [N], NaN where a text has no score."""
@@ -73,6 +78,12 @@ def score_texts(
     return {r["response_id"]: {n: r[f"score_{n}"] for n in names} for r in rows if r["response_id"] in texts}
 
 
+def errors(out: Storage) -> dict[str, str]:
+    """Why texts of `score_texts` have no scores, by `text_id`."""
+    bad = out.read_table("quarantine", schema.QUARANTINE).to_pylist()
+    return {r["row_id"]: r["error"] for r in bad if r["stage"] == "score"}
+
+
 class _Muted:
     """Scoring's rows are not the grid's: only the notes pass."""
 
@@ -103,7 +114,8 @@ def build(
     names = job_attributes(job)
     ids = [text_id(a["prompt_id"], a["text"]) for a in answers]
     alive = [a["finish_reason"] != DIED for a in answers]
-    failed = count([DIED if not a else "score" for a, key in zip(alive, ids, strict=True) if not a or key not in scored.scores])
+    without = [(a, key) for a, key in zip(alive, ids, strict=True) if not a or key not in scored.scores]
+    failed = count([scored.errors.get(key, NO_SCORE) if a else DIED for a, key in without])
     known = [key if a else "" for a, key in zip(alive, ids, strict=True)]  # a lost answer's text is nobody's
     rows = [dict(a) for a in answers]
     for prefix, found in (("", scored), ("judge_", judged)):
@@ -114,6 +126,22 @@ def build(
                 row[f"{prefix}units_{name}"] = float(units)
     placed = _in_cells(rows, cells, names)
     return from_rows(sorted(placed, key=lambda r: r["grid_id"]), schema.grid(names, judged=judged is not None)), failed
+
+
+def num_scored(grid: pa.Table, answers: Sequence[Mapping[str, Any]], job: config.Job, first: Levels, scored: Scored) -> int:
+    """How many answers stand in the grid with scores by the training rewards.
+
+    Answers of the start model stand in every cell and count in `first`. Of reranking's candidates the grid has the best alone,
+    so they count as they are.
+    """
+    names = job_attributes(job)
+    done = 0
+    for row in grid.to_pylist():
+        in_first = all(row[f"requested_{n}"] == level for n, level in zip(names, first, strict=True))
+        counts = in_first if row["method"] == START else row["method"] != RERANKING
+        done += counts and all(math.isfinite(row[f"score_{n}"]) for n in names)
+    candidates = [a for a in answers if a["method"] == RERANKING and a["finish_reason"] != DIED]
+    return done + sum(text_id(a["prompt_id"], a["text"]) in scored.scores for a in candidates)
 
 
 def _in_cells(answers: Sequence[dict[str, Any]], cells: Sequence[Levels], names: Sequence[str]) -> list[dict[str, Any]]:

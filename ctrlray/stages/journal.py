@@ -5,6 +5,10 @@
 A note of each group is written before work on it begins and erased when it is done. Notes that are left when the same
 batch comes again (Ray retries it on the restarted actor) are groups that ended their process.
 
+Deaths are bounded by what comes of them. A process that ends counts as long as no row of its batch is finished, and whatever an
+actor finishes makes its count begin anew: rows that kill cost as many processes as it takes to find them, one that ends on
+everything ends the stage after `max_restarts`.
+
 A process may be taken for dead and yet live on, cut off with its node. Whoever takes its place puts their own name on its
 notes, and a new run erases them: a process whose note is no longer its own keeps what it made to itself.
 """
@@ -18,9 +22,11 @@ import socket
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
+from ctrlray.errors import ClusterError
 from ctrlray.isolate import plan
-from ctrlray.schema import digest
-from ctrlray.tables import Storage
+from ctrlray.schema import QUARANTINE, digest
+from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import Where, warn
 
 T = TypeVar("T")
 IN_FLIGHT = "in_flight"
@@ -33,35 +39,70 @@ class Journal:
     def __init__(self, out: Storage) -> None:
         self._out = out
         self._current: tuple[str, str, dict[str, Any]] | None = None
+        self._ended = self._max_restarts = 0
+        self._count = ""
 
     def clear(self) -> None:
         """Forget all notes: at the start of a run, those of a run that was killed as a whole say nothing about rows."""
         if self._out.exists():
             self._out.delete()
 
+    def start(self, max_restarts: int) -> bool:
+        """Count an actor's process, before anything that may end it. False where it need not go on, because `run` will refuse.
+
+        That is so when the actor's processes ended more than `max_restarts` times in a row, with nothing finished in between.
+        """
+        self._max_restarts, self._count = max_restarts, f"{_actor()}.ended"
+        try:
+            self._ended = 1 + int(self._out.read_bytes(self._count))
+        except FileNotFoundError:
+            self._ended = 0
+        self._out.write_bytes(str(self._ended).encode(), self._count)
+        return self._ended <= max_restarts
+
     def run(
-        self, ids: Sequence[str], work: Callable[[list[int]], T], done: Callable[[], Collection[str]] = tuple
+        self,
+        ids: Sequence[str],
+        work: Callable[[list[int]], T],
+        done: Callable[[], Collection[str]] = tuple,
+        aside: Callable[[str, str], object] = lambda row, words: None,
     ) -> tuple[list[T], dict[int, str]]:
         """`work` on groups of row numbers that together cover all rows but those that end processes.
 
-        Returns the results in order, and the numbers of the rows that were left out because each, alone, ended a process,
-        with what it said before it ended. `done` gives the ids whose results were kept before a process ended; it is asked
-        only after one did.
+        Returns the results, those of large groups first, and the numbers of the rows that were left out because each, alone,
+        ended a process, with what it said before it ended. `done` gives the ids whose results were kept before a process ended;
+        it is asked only after one did. `aside(id, words)` is told of each row that is left out, once, as soon as other rows of
+        the batch are finished: before that it may be the process that ends on everything. Raises ClusterError when too many
+        processes ended; see `start`.
         """
         batch = digest(list(ids))
-        left = self._notes(batch)
-        kept = set(done()) if left else set()
         who = f"{socket.gethostname()}:{os.getpid()}"
+        left = [note | {"process": who} for note in self._notes(batch)]
+        if self._ended > self._max_restarts:
+            raise self._over(left)
+        kept = set(done()) if left else set()
         for note in left:
-            self._out.write_json(note | {"process": who}, batch, _name(note["rows"]))
+            self._out.write_json(note, batch, _name(note["rows"]))
         died = [n["rows"] for n in left for _ in range(n["deaths"])]
         groups, killers = plan([i for i, key in enumerate(ids) if key not in kept], died)
-        words = {n["rows"][0]: n["error"] for n in left if len(n["rows"]) == 1}
-        results = []
+        alone = {n["rows"][0]: n for n in left if len(n["rows"]) == 1}
+        guilty = {i: alone[i]["error"] or _SILENT for i in killers}
+
+        def tell() -> None:
+            for i, words in guilty.items():
+                if not alone[i]["aside"]:
+                    aside(ids[i], words)
+                    alone[i]["aside"] = True
+                    self._out.write_json(alone[i], batch, _name([i]))
+
+        if kept:
+            self._finished()
+            tell()
+        results: list[T] = []
         for group in groups:
             name = _name(group)
             deaths = 1 + max((n["deaths"] for n in left if n["rows"] == group), default=0)  # if this one ends its process too
-            note = {"rows": group, "first": ids[group[0]], "process": who, "deaths": deaths, "error": ""}
+            note = {"rows": group, "first": ids[group[0]], "process": who, "deaths": deaths, "error": "", "aside": False}
             self._out.write_json(note | {"since": _now()}, batch, name)
             self._current = (batch, name, note)
             try:
@@ -70,7 +111,27 @@ class Journal:
                 self._erase(batch, name)
                 raise
             self._erase(batch, name)
-        return results, {i: words[i] or _SILENT for i in killers}
+            self._finished()
+            tell()
+        tell()
+        return results, guilty
+
+    def _finished(self) -> None:
+        """Rows are finished, so the deaths before were not those of a process that ends on everything."""
+        if self._ended:
+            self._ended = 0
+            self._out.write_bytes(b"0", self._count)
+
+    def _over(self, left: Sequence[dict[str, Any]]) -> ClusterError:
+        """The error of an actor that is given up; `left` are the notes of the batch in hand."""
+        last = max(left, key=lambda n: str(n["since"]), default={"error": _IDLE})
+        isolated = sum(n["aside"] for batch in self._out.folders() for n in self._notes(batch))
+        return ClusterError(
+            f"an actor's process ended {self._ended} times in a row and finished nothing in between, more than "
+            f"pool.max_restarts={self._max_restarts} allows; the last one with: {last['error'] or _SILENT}. What is finished is "
+            f"kept, and {isolated} rows that ended a process alone are quarantined. Mend that, or raise pool.max_restarts, and "
+            "run the same command again: it goes on from there."
+        )
 
     def holds(self) -> bool:
         """Whether the group in hand is still this process's own."""
@@ -89,8 +150,8 @@ class Journal:
         os._exit(1)
 
     def in_flight(self) -> list[dict[str, Any]]:
-        """All notes, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `deaths`, `error`."""
-        found = [n for batch in self._out.folders() for n in self._notes(batch)]
+        """Notes of rows that are not set aside, oldest first: `rows`, `first` (an id), `process`, `since` (UTC), `error`, ..."""
+        found = [n for batch in self._out.folders() for n in self._notes(batch) if not n["aside"]]
         return sorted(found, key=lambda n: str(n["since"]))
 
     def _erase(self, batch: str, name: str) -> None:
@@ -106,6 +167,7 @@ class Journal:
 
 
 _SILENT = "the process ended without a word; see the actor's log in Ray's session folder"
+_IDLE = "the process ended before it took up work; see the actor's log in Ray's session folder"
 
 
 def _name(group: Sequence[int]) -> str:
@@ -114,3 +176,18 @@ def _name(group: Sequence[int]) -> str:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _actor() -> str:
+    """An id that an actor keeps when it is started anew."""
+    import ray
+
+    context = ray.get_runtime_context() if ray.is_initialized() else None
+    return (context and context.get_actor_id()) or "no-actor"
+
+
+def set_aside(out: Storage, where: Where, stage: str, row: str, error: str, detail: str) -> None:
+    """Quarantine one row as soon as its fault is known, in a part of its own, and say so."""
+    table = from_rows([{"stage": stage, "row_id": row, "error": error, "detail": detail}], QUARANTINE)
+    out.write_table(table, "quarantine", f"part-{digest([row])}")
+    warn(where, f"quarantined, {error}: {detail}", row)

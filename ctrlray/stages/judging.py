@@ -7,7 +7,7 @@ PPO's rollouts ┘                                                              
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -30,9 +30,9 @@ FOLDER = "judge"
 class Pool:
     """The sampled answers that scales are fitted on: those that distillation fits the training rewards' scales on."""
 
-    def __init__(self, scored: pa.Table, job: config.Job) -> None:
+    def __init__(self, scored: pa.Table, job: config.Job, special_ids: Set[int] = frozenset()) -> None:
         """`scored` has prompt_id, text, token_ids, finish_reason and `score_<attribute>` columns, sorted by response_id."""
-        self.rows = scored.take(pa.array(usable(scored, job.distill.keep_truncated), pa.int64()))
+        self.rows = scored.take(pa.array(usable(scored, job.distill.keep_truncated, special_ids), pa.int64()))
         self.prompts = [str(p) for p in self.rows["prompt_id"].to_pylist()]
         texts = [str(t).strip() for t in self.rows["text"].to_pylist()]
         self.ids = [text_id(p, t) for p, t in zip(self.prompts, texts, strict=True)]

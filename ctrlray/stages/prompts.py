@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterator, Sequence
 from importlib import resources
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as pq
-
-from ctrlray import config, schema
-from ctrlray.errors import ConfigError, DataError
+from ctrlray import config, models, schema
+from ctrlray.errors import ConfigError
 from ctrlray.hh import parse_dialogue
 from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.schema import Message
+from ctrlray.stages.records import Unreadable, json_lines, not_utf8, records
 from ctrlray.tables import Storage, from_rows, slices
 
 _COLUMNS = ("messages", "prompt", "question", "instruction", "text", "turns")
@@ -42,9 +40,9 @@ def run(settings: config.Prompts, seed: int, out: Storage, progress: Progress) -
     kept: dict[str, dict[str, Any]] = {}
     dropped: list[str] = []
     bad: list[dict[str, str]] = []
-    rows_in = 0
-    for row in (r for source in settings.sources for r in read_source(source)):
-        rows_in += 1
+    given = [0] * len(settings.sources)
+    for place, row in ((i, r) for i, source in enumerate(settings.sources) for r in read_source(source)):
+        given[place] += 1
         if row.messages is None:
             bad.append({"stage": "prompts", "row_id": row.name, "error": "unreadable", "detail": row.error})
             continue
@@ -53,19 +51,29 @@ def run(settings: config.Prompts, seed: int, out: Storage, progress: Progress) -
             dropped.append("duplicate")
             continue
         kept[key] = {"prompt_id": key, "messages": row.messages, "source": row.name.split("#")[0]}
-    chosen = _split(list(kept.values()), settings, seed)
+    empty = [source for source, rows in zip(settings.sources, given, strict=True) if not rows]
+    chosen = _split(list(kept.values()), settings, seed, _why_fewer(empty, bad))
     dropped += ["not_needed"] * (len(kept) - len(chosen))
     table = from_rows(sorted(chosen, key=lambda r: r["prompt_id"]), schema.PROMPTS)
     for part in slices(table, schema.PROMPTS_PER_PART):
         out.write_table(part, "prompts", schema.part_of(part["prompt_id"][0].as_py()))
     if bad:
         out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
-    progress.total(rows_in)
-    progress.advance(rows_in)
-    return StageResult(rows_in, len(chosen), count(dropped), {"unreadable": len(bad)} if bad else {})
+    progress.total(sum(given))
+    progress.advance(sum(given))
+    return StageResult(sum(given), len(chosen), count(dropped), {"unreadable": len(bad)} if bad else {})
 
 
-def _split(rows: list[dict[str, Any]], settings: config.Prompts, seed: int) -> list[dict[str, Any]]:
+def _why_fewer(empty: Sequence[config.PromptSource], bad: Sequence[dict[str, str]]) -> str:
+    """What keeps prompts out, for the error that there are too few."""
+    told = [f"{s.type} {getattr(s, 'path', None) or getattr(s, 'name', '')!r}" for s in empty]
+    text = f". No row at all came from {', '.join(told)}" if told else ""
+    if bad:
+        text += f". {len(bad)} rows could not be read, the first of them {bad[0]['row_id']}: {bad[0]['detail']}"
+    return text
+
+
+def _split(rows: list[dict[str, Any]], settings: config.Prompts, seed: int, why_fewer: str) -> list[dict[str, Any]]:
     """First `eval`, then `train` prompts in the order of a hash of the first human turn, sources taking turns."""
     by_source: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -89,13 +97,17 @@ def _split(rows: list[dict[str, Any]], settings: config.Prompts, seed: int) -> l
     if room["eval"] or room["train"]:
         raise ConfigError(
             f"prompts: {settings.train} for training and {settings.eval} for evaluation were asked for, the sources give "
-            f"{len(rows)} different ones; lower prompts.train or prompts.eval, or add a source"
+            f"{len(rows)} different ones; lower prompts.train or prompts.eval, or add a source" + why_fewer
         )
     return chosen
 
 
 def read_source(source: config.PromptSource) -> Iterator[Row]:
-    """Rows of one source; a row that cannot be read comes with its error."""
+    """Rows of one source; a row that cannot be used comes with its error."""
+    return map(_checked, _rows(source))
+
+
+def _rows(source: config.PromptSource) -> Iterator[Row]:
     match source:
         case config.PackagedPrompts():
             text = (resources.files("ctrlray") / "assets" / "prompts.jsonl").read_text(encoding="utf-8")
@@ -104,16 +116,31 @@ def read_source(source: config.PromptSource) -> Iterator[Row]:
                 yield Row(f"packaged-{raw['source']}#", raw["messages"])
         case config.HHPrompts():
             path = expand(source.path)
-            for number, line in _numbered(path, source.limit):
-                yield _hh_row(f"{path.name}#{number}", line)
+            for number, raw in islice(json_lines(path), source.limit):
+                yield _hh_row(f"{path.name}#{number}", raw)
         case config.FilePrompts():
             path = expand(source.path)
-            for number, raw in _records(path, source.limit):
+            for number, raw in records(path, source.limit):
                 yield _row(f"{path.name}#{number}", raw, source.column)
         case config.BenchmarkPrompts():
-            yield from read_source(benchmark(source))
+            yield from _rows(benchmark(source))
         case config.HubPrompts():
-            yield from _hub_rows(source)
+            for number, raw in enumerate(islice(_streamed(source), source.limit), 1):
+                name, dialogue = f"{source.name}#{number}", "chosen" in raw and source.column is None
+                yield _hh_row(name, raw) if dialogue else _row(name, raw, source.column)
+
+
+def _checked(row: Row) -> Row:
+    """A row with a text to answer, all of which can be stored; else with what keeps it out."""
+    if row.messages is None:
+        return row
+    asked = [m["content"] for m in row.messages if m["role"] == "user"]
+    problem = next((why for text in (row.label, *(m["content"] for m in row.messages)) if (why := not_utf8(text))), None)
+    if problem is None and not asked:
+        problem = "no user turn to answer; add one, or leave the row out"
+    elif problem is None and not asked[-1].strip():
+        problem = "the last user turn is empty; fill it, or leave the row out"
+    return row._replace(messages=None, error=problem) if problem else row
 
 
 _BENCHMARKS: dict[str, tuple[str, config.HubPrompts]] = {
@@ -145,28 +172,36 @@ def expand(path: str) -> Path:
     return full
 
 
-def _hh_row(name: str, line: str) -> Row:
+def _hh_row(name: str, raw: Any) -> Row:
+    if isinstance(raw, Unreadable):
+        return Row(name, None, raw.why)
     try:
-        turns = parse_dialogue(json.loads(line)["chosen"])
+        turns = parse_dialogue(raw["chosen"])
     except (ValueError, KeyError, TypeError) as error:
         return Row(name, None, f"{type(error).__name__}: {error}")
-    if turns[-1]["role"] != "assistant" or len(turns) < 2:
-        return Row(name, None, "an HH dialogue ends with the assistant's answer; this one does not")
+    if turns[-1]["role"] != "assistant":
+        return Row(name, None, "an HH dialogue ends with the assistant's answer, this one does not; add it, or leave the row out")
+    if len(turns) < 2:
+        return Row(name, None, "an HH dialogue begins with a human's turn; this one is an answer alone")
     return Row(name, turns[:-1])
 
 
 def _row(name: str, raw: Any, column: str | None) -> Row:
+    if isinstance(raw, Unreadable):
+        return Row(name, None, raw.why)
     if not isinstance(raw, dict):
-        return Row(name, None, f"expected a record, got {type(raw).__name__}")
+        return Row(name, None, f'expected a record, got {type(raw).__name__}; write it as {{"prompt": text}}')
     key = column or next((c for c in _COLUMNS if c in raw), None)
     if key is None or key not in raw:
-        return Row(name, None, f"no column {column or ' or '.join(_COLUMNS)}; it has {sorted(map(str, raw))}")
+        lacks = f"no column {column or ' or '.join(_COLUMNS)}"
+        return Row(name, None, f"{lacks}; it has {sorted(map(str, raw))}: name one as the source's column")
     value, label = raw[key], raw["label"] if isinstance(raw.get("label"), str) else ""
     if isinstance(value, list) and value and all(isinstance(v, str) for v in value):
         value = value[0]  # a list of user turns (MT-bench): the opening
     if isinstance(value, str):
-        asked = [Message(role="user", content=value)]
-        return Row(name, asked, label=label) if value.strip() else Row(name, None, f"{key} is empty")
+        if not value.strip():
+            return Row(name, None, f"{key} is empty; fill it, or leave the row out")
+        return Row(name, [Message(role="user", content=value)], label=label)
     return _conversation(name, key, value)._replace(label=label)
 
 
@@ -177,56 +212,23 @@ def _conversation(name: str, key: str, value: Any) -> Row:
     for turn in value:
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, dict) else (None, None)
         if role not in schema.ROLES or not isinstance(content, str):
-            return Row(name, None, f"{key} holds {str(turn)[:80]!r}, expected role (one of {schema.ROLES}) and content")
+            return Row(name, None, f"{key} holds {reprlib.repr(turn)}, expected role (one of {schema.ROLES}) and content")
         messages.append(Message(role=role, content=content))
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return Row(name, messages) if messages else Row(name, None, f"{key} has no turn to answer")
+    return Row(name, messages) if messages else Row(name, None, f"{key} has no turn to answer; end it with a user's turn")
 
 
-def _numbered(path: Path, limit: int | None) -> Iterator[tuple[int, str]]:
-    data = path.read_bytes()
-    if path.suffix == ".gz":
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path}: broken gzip ({error}); fetch the file again") from error
-    lines = data.decode("utf-8", "replace").split("\n")
-    filled = [(i, line) for i, line in enumerate(lines, 1) if line.strip()]
-    yield from filled[:limit]
-
-
-def _records(path: Path, limit: int | None) -> Iterator[tuple[int, Any]]:
-    name = path.name.removesuffix(".gz")
-    if name.endswith(".parquet"):
-        yield from enumerate(pq.read_table(path).to_pylist()[:limit], 1)
-    elif name.endswith(".csv"):
-        text = "\n".join(line for _, line in _numbered(path, None))
-        yield from enumerate(list(csv.DictReader(io.StringIO(text)))[:limit], 1)
-    elif name.endswith(".json"):
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        yield from enumerate((whole if isinstance(whole, list) else [whole])[:limit], 1)
-    elif name.endswith(".jsonl"):
-        for number, line in _numbered(path, limit):
-            try:
-                yield number, json.loads(line)
-            except ValueError as error:
-                yield number, f"not JSON: {error}"
-    else:
-        raise ConfigError(f"{path}: unknown ending; prompts come as .jsonl, .jsonl.gz, .json, .csv or .parquet")
-
-
-def _hub_rows(source: config.HubPrompts) -> Iterator[Row]:
+def _streamed(source: config.HubPrompts) -> Iterator[Any]:
+    """Rows of a data set on the hub as they come. Raises ConfigError when it is missing or gated, or its host fails."""
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(source.name, source.config, split=source.split, streaming=True)
-    except (OSError, ValueError) as error:
+        yield from load_dataset(source.name, source.config, split=source.split, streaming=True)
+    except Exception as error:  # the hub, its HTTP client, file systems and formats have no error in common
+        what = " ".join(str(error).split())[:600].rstrip(".")
         raise ConfigError(
-            f"data set {source.name!r}: {error}. Check the name, the network, and HF_TOKEN if it is gated"
+            f"data set {source.name!r}, split {source.split!r}: {type(error).__name__}: {what}. "
+            "Check the name and the network; if it is gated, accept its licence on its page and set HF_TOKEN "
+            f"({models.token_sent()})"
         ) from error
-    for number, raw in enumerate(rows, 1):
-        if source.limit and number > source.limit:
-            return
-        name = f"{source.name}#{number}"
-        yield _hh_row(name, json.dumps(raw)) if "chosen" in raw and source.column is None else _row(name, raw, source.column)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from ctrlray import config, schema
-from ctrlray.clock import note_start
+from ctrlray.clock import Lap, note_start
 from ctrlray.control import ControlSpace, Levels, Renderer, with_system
 from ctrlray.engine.engine import Completion, EngineSpec
 from ctrlray.engine.pool import EnginePool
@@ -23,7 +23,7 @@ from ctrlray.tables import Storage, from_rows
 RERANKING = "reranking"
 UNCONTROLLED = (START, RERANKING)
 """Methods whose answers do not depend on the setting; reranking chooses among them afterwards."""
-DRIFT = "drift"
+DRIFT, PIECES, ENGINES = "drift", "pieces", "engines"
 _NO_ANSWER = Completion("", [], 0.0, DIED, [])
 
 
@@ -45,6 +45,8 @@ class Plan(NamedTuple):
     out: Storage
     plain: Mapping[str, list[int]] = {}
     """The prompts without any setting, by prompt_id, where answers of trained methods are held against the base; else empty."""
+    refused: Mapping[str, int] = {}
+    """Questions that are not asked, by the error of their prompt."""
 
 
 def methods(job: config.Job) -> list[str]:
@@ -96,6 +98,20 @@ def render(method: str, messages: Sequence[schema.Message], cell: Levels, space:
     return renderer.render(messages, cell)
 
 
+def too_long(questions: Mapping[str, Sequence[Question]], job: config.Job) -> dict[str, str]:
+    """Why prompts cannot be asked, by prompt_id: with one of their questions, by method, no answer fits into the context."""
+    longest: dict[str, tuple[int, str]] = {}
+    for method, asked in questions.items():
+        room = sampling(method, job).max_tokens
+        for q in asked:
+            longest[q.prompt_id] = max(longest.get(q.prompt_id, (0, "")), (len(q.token_ids) + room, method))
+    return {
+        prompt: f"{size} tokens with an answer, as {method} is asked it, exceed model.max_context={job.model.max_context}"
+        for prompt, (size, method) in longest.items()
+        if size > job.model.max_context
+    }
+
+
 def answers_schema(job: config.Job) -> pa.Schema:
     """The grid before its scores, with the sampled tokens and their log-prob in nats by the weights that sampled them."""
     full = schema.grid(job_attributes(job))
@@ -128,7 +144,7 @@ def answer(
     if not missing and not drifts:
         return
     progress.note("starting vLLM")
-    began = time.monotonic()
+    began, held = time.monotonic(), Lap(out, ENGINES)
     with EnginePool(spec, job.generate.pool, f"{job.name}-evaluate", job.cluster.stall_timeout_s) as pool:
         note_start(out, time.monotonic() - began)
         for method in (m for m in methods(job) if m in missing):
@@ -137,21 +153,46 @@ def answer(
                 pool.load_weights(folder)
             progress.note(method)
             for plan in missing[method]:
-                _ask(method, plan, pool, job, progress)
+                _ask(method, plan, pool, job, progress, held)
         if drifts and pool.weights_version:
             pool.load_weights(spec.model)
         for plan, method in drifts:
             progress.note(f"log-probs of {method}'s answers under the base")
             _compare(method, plan, pool, job)
+            held.keep()
 
 
-def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: Progress) -> None:
-    asked = plan.questions[method]
-    found = pool.generate([q.token_ids for q in asked], sampling(method, job), job.evaluate.batch_size, progress.advance)
-    rows = [_row(q, c or _NO_ANSWER, pool.weights_version, job) for q, c in zip(asked, found, strict=True)]
-    if bad := [_left_out(q) for q, c in zip(asked, found, strict=True) if c is None]:
+def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: Progress, held: Lap) -> None:
+    """Write a method's answers. Each batch is kept as it comes; the next attempt asks only what was not answered."""
+    asked, pieces = plan.questions[method], plan.out.sub(PIECES)
+    kept = {row["grid_id"]: row for row in pieces.read_table(method, answers_schema(job)).to_pylist()}
+    open_ = [q for q in asked if q.grid_id not in kept]
+    progress.advance(len(asked) - len(open_))
+    lap, version = Lap(plan.out, method), _version(method, job)
+
+    def keep(places: list[int], made: list[Completion]) -> None:
+        rows = [_row(open_[i], answer, version, job) for i, answer in zip(places, made, strict=True)]
+        pieces.write_table(from_rows(rows, answers_schema(job)), method, f"part-{schema.digest(rows[0]['grid_id'])}")
+        lap.keep()
+        held.keep()
+        kept.update((row["grid_id"], row) for row in rows)
+        progress.advance(len(rows), sum(row["num_tokens"] for row in rows))
+
+    pool.generate([q.token_ids for q in open_], sampling(method, job), job.evaluate.batch_size, keep)
+    lap.keep()
+    held.keep()
+    if bad := [_left_out(q) for q in asked if q.grid_id not in kept]:
         plan.out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
+    rows = [kept.get(q.grid_id) or _row(q, _NO_ANSWER, version, job) for q in asked]
     plan.out.write_table(from_rows(rows, answers_schema(job)), "answers", f"method-{method}")
+    if pieces.exists(method):
+        pieces.delete(method)
+
+
+def _version(method: str, job: config.Job) -> int:
+    """Of the weights that answer: 0 is the base's, then each objective's in turn; a rerun loads fewer, and counts the same."""
+    trained = [o.type for o in job.train.objectives]
+    return trained.index(method) + 1 if method in trained else 0
 
 
 def _drifted(plan: Plan, method: str) -> bool:
@@ -161,7 +202,8 @@ def _drifted(plan: Plan, method: str) -> bool:
 def _compare(method: str, plan: Plan, pool: EnginePool, job: config.Job) -> None:
     """Write a method's `drift`; the base's weights are in force."""
     answers = plan.out.read_part("answers", f"method-{method}", answers_schema(job)).to_pylist()
-    spoken = [a for a in answers if a["token_ids"]]
+    # an earlier attempt may have asked prompts that are not asked any more
+    spoken = [a for a in answers if a["token_ids"] and a["prompt_id"] in plan.plain]
     contexts = [plan.plain[a["prompt_id"]] for a in spoken]
     found = pool.logp(contexts, [a["token_ids"] for a in spoken], job.evaluate.batch_size)
     rows = [{**a, "base_logp": base} for a, base in zip(spoken, found, strict=True) if base is not None]

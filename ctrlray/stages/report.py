@@ -55,6 +55,8 @@ class ReportData:
     """Per method: value, low, high, num_examples; NLL under wrong codes minus under the right one, nats per token."""
     metrics: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Per method, as `ctrlray.metrics.grid` makes them."""
+    spent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Per method: tokens and engine seconds that one answer takes."""
     comparisons: Sequence[Mapping[str, Any]] = ()
     """Paired tests, as `ctrlray.metrics.compare` makes them."""
     judge: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -138,7 +140,7 @@ def _compared(names: Sequence[str], data: ReportData) -> dict[str, Any]:
     held = [methods.length_table(n, data.metrics, data.judge) for n in names]
     tests = (("the training reward", own), ("the judge", judged))
     return {
-        "overview": methods.overview_table(data.metrics, data.code_gaps) if data.metrics or data.code_gaps else None,
+        "overview": methods.overview_table(data.metrics, data.code_gaps, data.spent) if data.metrics or data.code_gaps else None,
         "metric_tables": [t for t in tables_of if t],
         "length_tables": [t for t in held if t],
         "comparisons": [methods.comparison_table(found, regime) for regime, found in tests if found],

@@ -124,13 +124,15 @@ def correlation_table(correlation: Mapping[str, Any]) -> Table:
     return table("Correlation of the judge with the training reward, in level units of the data pool", header, rows)
 
 
-def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> Table:
+def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any], spent: Mapping[str, Any]) -> Table:
     """One row per method: what was answered, how long the answers are, and the code gap."""
     header = (
         "Method",
         "Answers",
         "Prompts",
         "Tokens per answer",
+        "Tokens spent on an answer",
+        "Engine seconds spent on an answer",
         "Finished",
         "Prompts whose answers differ",
         "Code gap, nats/token",
@@ -139,13 +141,15 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> 
     rows = []
     for method in dict.fromkeys([*metrics, *code_gaps]):
         result = metrics.get(method) or {}
-        excluded = result.get("num_excluded")
+        excluded, cost = result.get("num_excluded"), spent.get(method) or {}
         rows.append(
             [
                 Cell(method, method=method),
                 number_cell(result.get("num_rows"), note=f"{number(excluded)} more without a score" if excluded else ""),
                 number_cell(result.get("num_prompts")),
                 number_cell(result.get("mean_tokens"), 1),
+                number_cell(cost.get("tokens"), 1),
+                number_cell(cost.get("seconds"), 3),
                 percent_cell(result.get("finished")),
                 percent_cell(result.get("distinct_outputs")),
                 gap_cell(code_gaps.get(method)),
@@ -153,8 +157,11 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any]) -> 
             ]
         )
     caption = (
-        "Methods on the same held-out prompts. The code gap is NLL under wrong codes minus under the right one; the KL to the "
-        "base is the mean over answers of their log-prob under the code minus that under the base without one"
+        "Methods on the same held-out prompts. What is spent on an answer counts all of reranking's candidates; seconds are "
+        "those of the pool of engines, which answers in batches, without its start. The code gap is NLL under wrong codes minus "
+        "that under the right one; the KL to the base is the mean over answers of their log-prob under the code minus that "
+        "under the base without one: unbiased where they were sampled at temperature 1 with nothing cut off; of greedy answers "
+        "it is how much likelier training made what a method says first"
     )
     return table(caption, header, rows)
 

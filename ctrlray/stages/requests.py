@@ -10,7 +10,7 @@ driver of a large run holds eight bytes per request and no text.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ctrlray import config, schema
 from ctrlray.control import Renderer, with_system
+from ctrlray.errors import DataError
 from ctrlray.schema import Message
 from ctrlray.tables import Storage, from_rows, slices
 from ctrlray.telemetry import Where, record_if_restarted
@@ -28,6 +29,7 @@ from ctrlray.telemetry import Where, record_if_restarted
 TABLE = "requests"
 Keys = NDArray[np.int64]
 _PARTS_KEPT = 2
+_AT_ONCE = 2**16
 
 
 class PromptParts(Mapping[str, list[Message]]):
@@ -98,7 +100,7 @@ class ExpandRange:
         self._part: tuple[str, pa.Table] = ("", schema.PROMPTS.empty_table())
 
     def __call__(self, ranges: pa.Table) -> pa.Table:
-        """Write the requests of each range, and the quarantine rows of those that do not fit in the context."""
+        """Write the requests of each range, and the quarantine rows of those that cannot be asked."""
         return pa.table({"path": pa.array([self._expand(r) for r in ranges.to_pylist()], pa.string())})
 
     def _expand(self, asked: Mapping[str, Any]) -> str:
@@ -107,34 +109,46 @@ class ExpandRange:
         samples, begin, end = self._settings.samples, asked["first"], asked["first"] + asked["rows"]
         first = begin // samples
         prompts = self._part[1].slice(first, -(-end // samples) - first)
-        ids = request_ids(prompts["prompt_id"].to_pylist(), self._settings, self._fingerprint)
         done = set(asked["done"])
-        wanted = pa.array([ids[i - first * samples] for i in range(begin, end) if i not in done], pa.string())
-        made, refused = expand_requests(prompts, self._settings, self._renderer, self._fingerprint, self._max_prompt)
-        refused = refused.filter(pc.is_in(refused["row_id"], wanted))
+        numbers = {i - first * samples for i in range(begin, end) if i not in done}
+        made, refused = expand_requests(
+            prompts, self._settings, self._renderer, self._fingerprint, self._max_prompt, numbers
+        )
         if refused.num_rows:
             self._out.write_table(refused, "quarantine", f"part-{schema.digest(refused['row_id'].to_pylist())}")
-        made = made.filter(pc.is_in(made["response_id"], wanted))
         part = f"part-{schema.digest(made['response_id'].to_pylist())}"
         self._out.write_table(made, TABLE, part)
         return self._out.path(TABLE, f"{part}.parquet")
 
 
 def expand_requests(
-    prompts: pa.Table, settings: config.Generate, renderer: Renderer, fingerprint: str, max_prompt: int
+    prompts: pa.Table,
+    settings: config.Generate,
+    renderer: Renderer,
+    fingerprint: str,
+    max_prompt: int,
+    numbers: Container[int] | None = None,
 ) -> tuple[pa.Table, pa.Table]:
-    """Every answer to be sampled, and the quarantine rows of prompts that do not fit in the context.
+    """Every answer to be sampled, and the quarantine rows of prompts that cannot be rendered or do not fit in the context.
 
     Requests are ordered by prompt, so that the samples of one prompt meet in one batch and share its cached prefix.
+    `numbers`: only those, counted in this order from 0.
     """
     requests, refused = [], []
     prefixes = {b.name: renderer.text_ids(b.prefix) for b in settings.behaviours}
     limits = {b.name: b.max_tokens or settings.sampling.max_tokens for b in settings.behaviours}
-    for prompt in prompts.to_pylist():
-        rendered = {b.name: renderer.render(with_system(prompt["messages"], b.system)) for b in settings.behaviours}
-        for behaviour, sample in dealt(settings):
-            ids, prefix = rendered[behaviour], prefixes[behaviour]
+    samples = dealt(settings)
+    for i, prompt in enumerate(prompts.to_pylist()):
+        rendered, unsafe = _rendered(prompt["messages"], settings, renderer)
+        for number, (behaviour, sample) in enumerate(samples, i * len(samples)):
+            if numbers is not None and number not in numbers:
+                continue
             key = schema.response_id(prompt["prompt_id"], behaviour, sample, fingerprint)
+            if unsafe:
+                detail = f"prompt {prompt['prompt_id']}: {unsafe}"
+                refused.append({"stage": "generate", "row_id": key, "error": schema.SPECIAL_TOKENS, "detail": detail})
+                continue
+            ids, prefix = rendered[behaviour], prefixes[behaviour]
             if len(ids) + len(prefix) > max_prompt:
                 detail = f"prompt {prompt['prompt_id']} has {len(ids)} tokens, the context leaves room for {max_prompt}"
                 refused.append({"stage": "generate", "row_id": key, "error": "prompt_too_long", "detail": detail})
@@ -151,6 +165,18 @@ def expand_requests(
                 }
             )
     return from_rows(requests, schema.REQUESTS), from_rows(refused, schema.QUARANTINE)
+
+
+def _rendered(
+    messages: Sequence[Message], settings: config.Generate, renderer: Renderer
+) -> tuple[dict[str, list[int]], str]:
+    """The prompt under each behaviour, and why it cannot be asked, empty where it can."""
+    try:
+        if all(b.system is not None for b in settings.behaviours):  # they hide the prompt's own, with which it is trained on
+            renderer.render(messages)
+        return {b.name: renderer.render(with_system(messages, b.system)) for b in settings.behaviours}, ""
+    except DataError as error:
+        return {}, str(error)
 
 
 def dealt(settings: config.Generate) -> list[tuple[str, int]]:
@@ -213,3 +239,15 @@ def among(some: Keys, known: Keys) -> NDArray[np.bool_]:
     if not known.size:
         return np.zeros(some.size, np.bool_)
     return np.asarray(known[np.minimum(np.searchsorted(known, some), known.size - 1)] == some)
+
+
+def num_among(some: Keys, known: Keys) -> int:
+    """How many of `some` are in `known`, which is sorted; without an array of all places beside them."""
+    return sum(int(among(some[i : i + _AT_ONCE], known).sum()) for i in range(0, some.size, _AT_ONCE))
+
+
+def joined(parts: Iterable[Keys]) -> Keys:
+    """All of them, sorted."""
+    found: Keys = np.concatenate([keys([]), *parts])
+    found.sort()
+    return found

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray.data
 
 from ctrlray import config, schema
@@ -18,14 +19,14 @@ from ctrlray.errors import CtrlRayError
 from ctrlray.isolate import DIED
 from ctrlray.ledger import Progress, StageResult
 from ctrlray.patience import Patience
-from ctrlray.placement import WRITE_CPUS
+from ctrlray.placement import WRITE_CPUS, writers
 from ctrlray.rewards.base import Scorer
 from ctrlray.rewards.registry import build
 from ctrlray.rewards.rows import by_length, died, score_rows, yield_to_engines
 from ctrlray.schema import Message
 from ctrlray.stages.generate import actor_options, consume, patience
-from ctrlray.stages.journal import IN_FLIGHT, Journal
-from ctrlray.stages.requests import Keys, among, keys
+from ctrlray.stages.journal import IN_FLIGHT, Journal, set_aside
+from ctrlray.stages.requests import Keys, among, joined, keys, num_among
 from ctrlray.tables import Storage, from_rows, slices
 from ctrlray.telemetry import NOWHERE, Where, current, record_if_restarted, warn
 
@@ -38,29 +39,47 @@ class ScoreBatch:
     """Ray Data actor: adds the outputs of one reward to a batch of (response_id, prompt_id, text)."""
 
     def __init__(
-        self, reward: config.Reward, conversations: Any, keep_truncated: bool, journal: Journal, where: Where = NOWHERE
+        self,
+        reward: config.Reward,
+        conversations: Any,
+        keep_truncated: bool,
+        journal: Journal,
+        max_restarts: int,
+        out: Storage | None = None,
+        where: Where = NOWHERE,
+        place: str = "rewards",
     ) -> None:
         yield_to_engines()
         record_if_restarted(where, "reward actor")
         self._journal = journal
         self._keep_truncated = keep_truncated
+        self._out, self._where = out, where
         self._refusal: CtrlRayError | None = None
+        if not journal.start(max_restarts):  # its first batch says so
+            return
         try:
-            self._scorer: Scorer = build(reward)
+            self._scorer: Scorer = build(reward, place)
         except CtrlRayError as error:  # Ray would start the actor again and again, and then not say why
             self._refusal = error
         self._conversations: Conversations = ray.get(conversations)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Add one `raw_<output>` column per output, NaN where the reward failed, and the failures' reasons."""
+        """Add one `raw_<output>` column per output, NaN where the reward failed, and the failures' reasons.
+
+        Rows that end processes are written to the quarantine of `out`, where there is one, as soon as they are known.
+        """
         if self._refusal is not None:
             raise self._refusal
         ids = batch["response_id"].to_pylist()
-        parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)))
+        parts, killers = self._journal.run(ids, lambda group: self._score(batch.take(group)), aside=self._set_aside)
         if killers or not parts:
             left_out = batch.take(pa.array(list(killers), pa.int64()))
             parts.append(self._with_columns(left_out, {}, [died(words) for words in killers.values()]))
         return pa.concat_tables(parts)
+
+    def _set_aside(self, row: str, words: str) -> None:
+        if self._out is not None:
+            set_aside(self._out, self._where, "score", row, DIED, died(words))
 
     def _score(self, batch: pa.Table) -> pa.Table:
         errors = self._errors_so_far(batch)
@@ -101,10 +120,11 @@ class WriteScores:
         self._out, self._where = out, where
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write one block; passes it on for counting."""
+        """Write one block; passes on what is counted: an id for each answer, and its tokens where it has any."""
         good, bad = [], []
-        for row in batch.to_pylist():
-            if row["error"] == TRUNCATED:
+        said = [c for c in batch.column_names if c in ("response_id", "error") or c.startswith("raw_")]
+        for row in batch.select(said).to_pylist():
+            if row["error"].split(":")[0] in (TRUNCATED, DIED):  # dropped, and written by the actor that found it
                 continue
             if row["error"]:
                 bad.append(
@@ -127,7 +147,10 @@ class WriteScores:
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
             more = f", and {len(bad) - 1} more of this block" if len(bad) > 1 else ""
             warn(self._where, f"quarantined, {bad[0]['detail']}{more}", bad[0]["row_id"])
-        return batch.select([c for c in ("response_id", "token_ids") if c in batch.column_names])
+        counted = batch.select(["response_id"])
+        if "token_ids" in batch.column_names:
+            counted = counted.append_column("num_tokens", pc.list_value_length(batch["token_ids"]))
+        return counted
 
 
 def journals(rewards: Sequence[config.Reward], out: Storage) -> list[Journal]:
@@ -143,24 +166,34 @@ def patience_of(stage: str, job: config.Job, rewards: Sequence[config.Reward], o
 def score_stream(
     rows: ray.data.Dataset, job: config.Job, rewards: Sequence[config.Reward], conversations: Conversations, out: Storage
 ) -> ray.data.Dataset:
-    """Extend a stream of answers by one pool per reward and the writer of finished blocks."""
+    """Extend a stream of answers by one pool per reward and the writers of finished blocks."""
     shared = ray.put(conversations)
     Journal(out.sub(IN_FLIGHT)).clear()
-    for reward, journal in zip(rewards, journals(rewards, out), strict=True):
+    for reward, journal, place in zip(rewards, journals(rewards, out), job.places(rewards), strict=True):
         rows = rows.map_batches(
             ScoreBatch,
-            fn_constructor_args=(reward, shared, job.distill.keep_truncated, journal, current()),
+            fn_constructor_args=(
+                reward,
+                shared,
+                job.distill.keep_truncated,
+                journal,
+                job.score.pool.max_restarts,
+                out,
+                current(),
+                place,
+            ),
             batch_size=None,
             batch_format="pyarrow",
-            **actor_options(job.score.pool),
+            **actor_options(job.score.pool, journaled=True),
         )
     pairs = [(a.name, a.sources) for a in job.control.attributes]
+    number = writers(job.generate.pool.max_size)
     return rows.map_batches(
         WriteScores,
         fn_constructor_args=(pairs, out, current()),
         batch_size=None,
         batch_format="pyarrow",
-        **actor_options(config.Pool(cpus=WRITE_CPUS)),
+        **actor_options(config.Pool(min_size=number, max_size=number, cpus=WRITE_CPUS)),
     )
 
 
@@ -174,40 +207,48 @@ def run(
     names = job_attributes(job)
     scored = _scored(out, names)
     failed = {r["row_id"]: r["error"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
-    total, finished, pending = 0, [keys([])], []
-    for batch in _answers(responses):
-        mine = scorable(batch, job)
-        ids = mine["response_id"].to_pylist()
+    total = 0
+    finished: list[Keys] = []
+    missing: list[Keys] = []
+    for batch in _answers(responses, ["response_id", "finish_reason"]):
+        ids = scorable(batch, job)["response_id"].to_pylist()
         total += batch.num_rows
         finished.append(keys(ids))
         todo = ~among(finished[-1], scored) & np.array([i not in failed for i in ids], np.bool_)
-        pending.append(mine.filter(pa.array(todo)).select(["response_id", "prompt_id", "text"]))
-    wanted = np.sort(np.concatenate(finished))
-    left = pa.Table.from_batches([b for b in pending if b.num_rows], pending[0].schema) if pending else None
-    num_left = left.num_rows if left else 0
+        missing.append(finished[-1][todo])
+    wanted, left = joined(finished), joined(missing)
+    finished.clear()
     progress.total(wanted.size)
-    progress.advance(wanted.size - num_left)
-    if left:
+    progress.advance(wanted.size - left.size)
+    if left.size:
         progress.note("starting reward actors")
-        blocks = slices(left, job.score.batch_size)
+        blocks = slices(_with_texts(responses, left), job.score.batch_size)
         stream = score_stream(ray.data.from_arrow(blocks), job, job.teachers, conversations, out)
         consume(stream, progress, patience_of("score", job, job.teachers, out))
-    facts = {"streamed_behind": "generate"} if wanted.size and not num_left else {}
-    out.check_unique("scores", schema.scores(names), "response_id")
-    return _accounts(total, wanted, _scored(out, names), out, facts)
+        scored = _scored(out, names)
+    facts = {"streamed_behind": "generate"} if wanted.size and not left.size else {}
+    return _accounts(total, wanted, scored, out, facts)
 
 
-def _answers(responses: pa.Table | Storage) -> Iterator[pa.RecordBatch]:
-    columns = ["response_id", "prompt_id", "text", "finish_reason"]
+def _with_texts(responses: pa.Table | Storage, left: Keys) -> pa.Table:
+    """The answers in `left`, which is sorted, as rewards take them."""
+    columns = ["response_id", "prompt_id", "text"]
+    found = [b.filter(pa.array(among(keys(b["response_id"].to_pylist()), left))) for b in _answers(responses, columns)]
+    return pa.Table.from_batches([b for b in found if b.num_rows])
+
+
+def _answers(responses: pa.Table | Storage, columns: list[str]) -> Iterator[pa.RecordBatch]:
     if isinstance(responses, Storage):
         return responses.batches("responses", schema.RESPONSES, columns)
     return iter(responses.select(columns).to_batches())
 
 
 def _scored(out: Storage, names: Sequence[str]) -> Keys:
-    """Answers with scores."""
-    parts = [keys(b["response_id"].to_pylist()) for b in out.batches("scores", schema.scores(names), ["response_id"])]
-    return np.unique(np.concatenate([keys([]), *parts]))
+    """Answers with scores, sorted. Raises DataError when one is there twice."""
+    found = joined(keys(b["response_id"].to_pylist()) for b in out.batches("scores", schema.scores(names), ["response_id"]))
+    if (found[1:] == found[:-1]).any():
+        out.check_unique("scores", schema.scores(names), "response_id")
+    return found
 
 
 def score_answers(
@@ -236,10 +277,10 @@ def score_answers(
     journal.clear()
     rows = ray.data.from_arrow(slices(table, batch_size)).map_batches(
         ScoreBatch,
-        fn_constructor_args=(reward, ray.put(chats), True, journal, current()),
+        fn_constructor_args=(reward, ray.put(chats), True, journal, pool.max_restarts, None, current(), "reward"),
         batch_size=None,
         batch_format="pyarrow",
-        **actor_options(pool),
+        **actor_options(pool, journaled=True),
     )
     progress.total(len(answers))
     scores: dict[str, Any] = {}
@@ -275,4 +316,4 @@ def _accounts(total: int, wanted: Keys, scored: Keys, out: Storage, facts: Mappi
     lost = among(theirs, wanted) & ~among(theirs, scored)
     failed = Counter(error for error, is_lost in zip(bad.values(), lost, strict=True) if is_lost)
     dropped = {"truncated": total - wanted.size} if total > wanted.size else {}
-    return StageResult(total, int(among(scored, wanted).sum()), dropped, dict(failed), facts=facts)
+    return StageResult(total, num_among(scored, wanted), dropped, dict(failed), facts=facts)

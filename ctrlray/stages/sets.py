@@ -14,6 +14,8 @@ from ctrlray.tables import Storage, from_rows
 FOLDER = "sets"
 LABELS = ("safe", "unsafe")
 ACCOUNTS = "accounts.json"
+TOO_LONG = "prompt_too_long"
+"""Error of a prompt that leaves no room for an answer."""
 
 
 class Asked(NamedTuple):
@@ -26,7 +28,7 @@ class Asked(NamedTuple):
 
 
 Fits = Callable[[Sequence[schema.Message]], bool]
-"""Whether a conversation leaves room for an answer."""
+"""Whether a conversation leaves room for an answer; DataError where it cannot be rendered."""
 
 
 def read(wanted: config.PromptSet, seed: int, trained_on: Collection[str], fits: Fits, out: Storage) -> Asked:
@@ -72,9 +74,11 @@ def _problem(wanted: config.PromptSet, row: Row, fits: Fits) -> tuple[str, str] 
         return "unreadable", row.error
     if wanted.role == "over_refusal" and row.label not in LABELS:
         return "unlabelled", f"label={row.label!r}, which must be one of {LABELS} for refusals to be counted"
-    if not fits(row.messages):
-        return "prompt_too_long", "it leaves no room for an answer; raise model.max_context"
-    return None
+    try:
+        fitting = fits(row.messages)
+    except DataError as error:
+        return schema.SPECIAL_TOKENS, str(error)
+    return None if fitting else (TOO_LONG, "it leaves no room for an answer; raise model.max_context")
 
 
 def _limited(rows: Sequence[dict[str, Any]], wanted: config.PromptSet, seed: int) -> list[dict[str, Any]]:
