@@ -68,14 +68,14 @@ def _merged_file(
 
 
 def merged(name: str, value: Tensor, adapter: Mapping[str, Tensor], card: Mapping[str, Any]) -> Tensor:
-    """A checkpoint tensor with its part of the adapter, in the adapter's float32; as it was where there is none."""
+    """A checkpoint tensor with its part of the adapter, in float32; as it was where there is none."""
     import torch
 
     if name in adapter:
         return adapter[name]
     low, high, rows = (adapter.get(name + part) for part in _PARTS)
     if low is not None and high is not None:
-        value = torch.addmm(value.float(), high, low, alpha=card["lora_scale"])
+        value = torch.addmm(value.float(), high.float(), low.float(), alpha=card["lora_scale"])
     if rows is not None:
         value = value.to(torch.float32, copy=True)
         value[list(card["control_ids"])] = rows.float()

@@ -13,6 +13,9 @@ from ctrlray import config
 
 ENGINE_PROCESS_GIB, WORKER_PROCESS_GIB, SMALL_PROCESS_GIB = 1.5, 1.2, 0.3
 """Resident memory of a process with vLLM, with torch and DeepSpeed, and with Ray alone, before any model is loaded."""
+REWARD_PROCESS_GIB = 1.0
+"""Of a process with torch and the activations of a batch of answers, before any model is loaded: the embedded reward in float32
+reaches 1.7 GiB with its 0.6 of weights."""
 CONTEXT_GIB = 1.5
 """Assumed of a GPU for the CUDA context, its libraries and NCCL's buffers."""
 ALLOCATOR_SHARE = 2.0
@@ -38,6 +41,7 @@ class Shape:
     """Sum over the linear layers of one block of inputs + outputs: a LoRA of rank r has r times that, per block."""
     values: int = 0
     """Channels of the keys, and of the values, of one token in one block."""
+    vocabulary: int = 0
 
     @classmethod
     def of(cls, settings: Mapping[str, Any]) -> Shape:
@@ -53,7 +57,7 @@ class Shape:
         sides += [(hidden, inner), (hidden, inner), (inner, hidden)]
         block = sum(a * b for a, b in sides) + 2 * hidden
         tables = vocabulary * hidden * 2  # the prepared base unties them
-        return cls(layers * block + tables + hidden, layers, hidden, sum(a + b for a, b in sides), values)
+        return cls(layers * block + tables + hidden, layers, hidden, sum(a + b for a, b in sides), values, vocabulary)
 
     def cache_bytes(self, width: int) -> int:
         """Bytes of keys and values of one token, `width` bytes a value (Kwon et al. 2023, arXiv 2309.06180, section 1)."""
@@ -98,12 +102,15 @@ def engine(job: config.Job, shape: Shape) -> Memory:
     Tensor parallelism shares weights and cache among GPUs (Shoeybi et al. 2019, arXiv 1909.08053, section 3). On a GPU the
     cache is what one answer of the longest context needs, without which vLLM does not start; the rest of
     `gpu_memory_utilization` becomes more of it. Activations: a prefill's input and MLP, 8 values per token and channel.
+    On processors the logits of the longest row, in the model's width, in float32 and as log-probs: an evaluation reads how
+    likely whole answers are. On a GPU they lie in what `gpu_memory_utilization` leaves free.
     """
     gpus, settings = job.generate.pool.gpus, job.generate.engine
     each, ranks = width(job.model.dtype, gpu=gpus > 0), settings.tensor_parallel
     weights = shape.parameters * each / ranks / _GIB
     if not gpus:
-        return Memory(weights, settings.kv_cache_gib, process=ENGINE_PROCESS_GIB)
+        logits = job.model.max_context * shape.vocabulary * (each + 8) / _GIB
+        return Memory(weights, settings.kv_cache_gib, activations=logits, process=ENGINE_PROCESS_GIB)
     cache = job.model.max_context * shape.cache_bytes(each) / ranks / _GIB
     activations = 8 * ENGINE_BATCH_TOKENS * shape.hidden * each / _GIB
     return Memory(weights, cache, activations=activations, process=CONTEXT_GIB)
@@ -124,9 +131,11 @@ def engine_gpu_gib(job: config.Job, shape: Shape) -> float:
 def worker(job: config.Job, shape: Shape) -> Memory:
     """A training worker of a job, on its GPU or its node.
 
-    PPO without LoRA keeps a reference, the base where it starts from another model, and a critic where one learns.
+    PPO without LoRA keeps a reference, the base where it starts from another model, and a critic where one learns. A row of one
+    long prompt is a micro batch, however few tokens those may have.
     """
-    held = learner(job.train, shape, job.model.dtype)
+    tokens = max(job.train.micro_batch_tokens, job.model.max_context)
+    held = learner(job.train.model_copy(update={"micro_batch_tokens": tokens}), shape, job.model.dtype)
     ppo = next((o for o in job.train.objectives if isinstance(o, config.PPO)), None)
     if ppo is None:
         return held

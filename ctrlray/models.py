@@ -15,6 +15,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,20 +47,24 @@ def resolve(model: config.Model, setting: str = "model.name") -> Path:
     path = Path(model.name).expanduser()
     if not path.is_dir():
         path = _from_hub(model, setting)
-    check_folder(path)
+    check_folder(path, setting, model.name)
     return path.resolve()
 
 
-def check_folder(path: Path) -> None:
-    """Refuse folders without config, tokenizer or safetensors weights, saying which."""
+def check_folder(path: Path, setting: str = "model folder", given: str | None = None) -> None:
+    """Refuse folders without config, tokenizer or safetensors weights, saying which, and of which setting.
+
+    `given` is the setting's value where it is another name than the folder's, such as that of a hub model.
+    """
+    named = f"{setting}={(given or str(path))!r}" + (f" in {path}" if given not in (None, str(path)) else "")
     if not (path / "config.json").is_file():
-        raise ConfigError(f"model folder {path}: no config.json; is it a transformers model?")
+        raise ConfigError(f"{named}: no config.json; give a folder that save_pretrained of transformers wrote")
     if not list(path.glob("*.safetensors")):
         found = sorted(p.name for p in path.glob("*.bin"))
         hint = f"; {found[0]} is a pickle, which ctrlray does not load" if found else ""
-        raise ConfigError(f"model folder {path}: no *.safetensors{hint}. Convert it with save_pretrained.")
+        raise ConfigError(f"{named}: no *.safetensors{hint}. Convert it with save_pretrained.")
     if not list(path.glob("tokenizer*")):
-        raise ConfigError(f"model folder {path}: no tokenizer files; save the tokenizer into the same folder")
+        raise ConfigError(f"{named}: no tokenizer files; save the tokenizer into the same folder")
 
 
 def pull_embedded(force: bool = False) -> Path:
@@ -75,19 +80,30 @@ def pull_embedded(force: bool = False) -> Path:
             raise DataError(f"{_GGUF}: sha256 is {seen}, expected {_GGUF_SHA256}; the download is damaged or was altered")
         made = Path(scratch) / "model"
         _convert_gguf(gguf, made)
-        if target.exists():
+        if force and target.exists():
             shutil.rmtree(target)
-        made.rename(target)
+        publish(made, target)
     return target
 
 
-def fingerprint(folder: Path | str) -> str:
+def publish(made: Path, target: Path) -> None:
+    """Give a finished folder its place, all at once; where another process was first, its folder stays: others may read it."""
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(made)
+
+
+def fingerprint(folder: Path | str, setting: str = "model folder") -> str:
     """Identity of a checkpoint: the weights' bytes and the shape of the network; 16 hex digits.
 
-    Two checkpoints under one name differ in it. The hash of unchanged files is remembered in the user's cache.
+    Two checkpoints under one name differ in it. The hash of unchanged files is remembered in the user's cache. Raises
+    ConfigError, naming `setting`, when the folder holds no model.
     """
     folder = Path(folder)
-    check_folder(folder)
+    check_folder(folder, setting)
     files = sorted(folder.glob("*.safetensors"))
     stat = digest([[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in files])
     note = config.cache_home() / "fingerprints" / stat
@@ -107,13 +123,20 @@ def fingerprint(folder: Path | str) -> str:
     return value
 
 
+def cpu_flags() -> frozenset[str]:
+    """What Linux says that the processor can do, such as `avx2`; empty elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return frozenset()
+    # "flags" on x86, "Features" on ARM; all cores are taken to be alike
+    found = next((line for line in lines if line.partition(":")[0].strip() in ("flags", "Features")), "")
+    return frozenset(found.partition(":")[2].split())
+
+
 def cpu_has_bf16() -> bool:
     """Whether the processor multiplies bfloat16 natively (AVX512-BF16 or AMX); without it bfloat16 is several times slower."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return not cpu_flags().isdisjoint(("avx512_bf16", "amx_bf16"))
 
 
 def pick_dtype(wanted: str, *, gpu: bool) -> str:
@@ -167,8 +190,7 @@ def prepare(model: config.Model, space: ControlSpace, prompts: Sequence[str] = (
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         made = Path(scratch) / "base"
         _prepare_into(made, source, model, space, base_print, prompts or _packaged_texts())
-        if not target.exists():
-            made.rename(target)
+        publish(made, target)
     return PreparedBase.load(target)
 
 
@@ -284,25 +306,36 @@ def _from_hub(model: config.Model, setting: str) -> Path:
     )
 
     named = f"{setting}={model.name!r}"
-    token = "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "no token: HF_TOKEN is not set"
     try:
         return Path(snapshot_download(model.name, revision=model.revision, allow_patterns=list(_WEIGHTS)))
     except GatedRepoError as error:
         raise ConfigError(
-            f"{named} is gated and the hub refused ({token}). Accept its licence on the model's page, then set HF_TOKEN to a "
-            "token of that account on every node"
+            f"{named} is gated and the hub refused ({token_sent()}). Accept its licence on the model's page, then set "
+            "HF_TOKEN to a token of that account on every node"
         ) from error
     except RevisionNotFoundError as error:
         raise ConfigError(f"{named} has no revision {model.revision!r}; correct it or leave it out") from error
     except RepositoryNotFoundError as error:
         raise ConfigError(
-            f"{named} is no folder here, and the hub has no such model or it is private ({token}). Correct the name, or set "
-            "HF_TOKEN to a token that may read it"
+            f"{named} is no folder here, and the hub has no such model or it is private ({token_sent()}). Correct the name, or "
+            "set HF_TOKEN to a token that may read it"
         ) from error
     except HFValidationError as error:
         raise ConfigError(f"{named} is neither a folder here nor a hub name such as org/model") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ConfigError(f"{named}: the hub fails ({type(error).__name__}). Check the network, or give a folder") from error
+
+
+def token_sent() -> str:
+    """Which token the hub's client sends, in words, for errors of a hub that refuses; never the token itself."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return "no token was sent: HF_HUB_DISABLE_IMPLICIT_TOKEN is set"
+    if get_token() is None:
+        return "no token was sent: HF_TOKEN is not set, and nobody logged in with `hf auth login`"
+    names = [n for n in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(n, "").strip()]  # they come before the file
+    return f"the token in {names[0]} was sent" if names else "the token that `hf auth login` keeps here was sent"
 
 
 def _embedded_gguf(scratch: Path) -> Path:
@@ -378,6 +411,22 @@ def reward_parameters(rewards: Sequence[config.Reward]) -> dict[str, int]:
     return {r.model: _sized(parameters_of, r.model, getattr(r, "revision", None), setting) for setting, r in models}
 
 
+def known_reward_parameters(rewards: Sequence[config.Reward], *, fetch: bool = True) -> dict[str, int]:
+    """Those of `reward_parameters` that are told: by a hub only where that may `fetch`; the other models are left out."""
+    found = {r.model: _told(r.model, getattr(r, "revision", None), fetch) for r in rewards if r.type in ("embedded", "hf")}
+    return {name: parameters for name, parameters in found.items() if parameters is not None}
+
+
+@cache  # a hub that is out of reach is asked once, not before each stage
+def _told(name: str, revision: str | None, fetch: bool) -> int | None:
+    try:
+        if fetch:
+            return _sized(parameters_of, name, revision, "rewards.model")
+        return parameters_of(settings) if (settings := _settings_here(name)) else None
+    except (ConfigError, KeyError):
+        return None
+
+
 def _sized(measure: Callable[[dict[str, Any]], T], name: str, revision: str | None, setting: str) -> T:
     """What a model's config says of its size."""
     try:
@@ -425,12 +474,15 @@ __all__ = [
     "PreparedBase",
     "describe",
     "fingerprint",
+    "known_reward_parameters",
     "pick_dtype",
     "prepare",
+    "publish",
     "pull_embedded",
     "resolve",
     "reward_parameters",
     "shape",
     "shape_from_hub",
     "shape_here",
+    "token_sent",
 ]

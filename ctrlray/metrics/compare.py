@@ -35,7 +35,7 @@ def compare_grid(grid: pa.Table, control: config.Control, num_bootstrap: int, se
     for first, second in itertools.combinations(methods, 2):
         shared = sorted(set(methods[first].prompts) & set(methods[second].prompts))
         for (i, attribute), statistic in wanted if shared else ():
-            a, b = (sums[m, i, statistic].of(methods[m].numbers_of(shared)) for m in (first, second))
+            a, b = (methods[m].by_prompt(sums[m, i, statistic], shared) for m in (first, second))
             named = {"first": first, "second": second, "attribute": attribute.name, "statistic": statistic}
             found.append(named | {"num_prompts": len(shared)} | _difference(a, b, num_bootstrap, seed))
     for statistic in STATISTICS:
@@ -63,7 +63,10 @@ def permutation_p(first: Sums, second: Sums, seed: int, num_permutations: int = 
 
     Under the null hypothesis the two methods' answers to a prompt can be exchanged: each permutation does so for a random
     half of the prompts (Fisher's randomisation test for paired samples; the + 1 keeps it valid, Phipson and Smyth 2010).
+    A prompt must weigh as much whichever method answers it, or its difficulty would not cancel: each method's sums are taken
+    as shares of all that it has counted, so that several answers per setting can be exchanged with a single one.
     """
+    first, second = _scaled(first), _scaled(second)
     observed = float(_gap(first, second, np.zeros((1, len(first.top_P))))[0])
     if not np.isfinite(observed):
         return 1.0
@@ -71,6 +74,11 @@ def permutation_p(first: Sums, second: Sums, seed: int, num_permutations: int = 
     gaps_K = _gap(first, second, swapped_KP)
     extreme = np.abs(np.nan_to_num(gaps_K)) >= abs(observed) - 10.0**-DIGITS
     return float((1 + extreme.sum()) / (1 + num_permutations))
+
+
+def _scaled(sums: Sums) -> Sums:
+    total = float(sums.bottom_P.sum())
+    return Sums(sums.top_P / total, sums.bottom_P / total) if total else sums
 
 
 def _gap(first: Sums, second: Sums, swapped_KP: Floats) -> Floats:

@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from ctrlray import config
 from ctrlray.metrics import pareto, texts
-from ctrlray.metrics.bootstrap import Floats, Interval, draws, interval, matrix_json, weighted_mean
+from ctrlray.metrics.bootstrap import Floats, Interval, interval, matrix_json, weighted_mean
 from ctrlray.metrics.control import (
     bias,
     kendall_level_means,
@@ -33,7 +33,9 @@ def evaluate_grid(grid: pa.Table, control: config.Control, num_bootstrap: int, s
     """All statistics of the grid, JSON-ready, by method (the starting model and prompting first, then by name).
 
     Rows without a finite score in every attribute are left out of the score statistics; `num_excluded` counts them.
-    Methods over the same prompts share their resamples. Intervals are `{"value", "low", "high"}`, null where undefined.
+    Methods over the same prompts share their resamples. A column `model` (see `ctrlray.metrics.rows`) keeps the answers of
+    several models of one method apart: each prompt then counts once for each. Intervals are `{"value", "low", "high"}`, null
+    where undefined.
     """
     methods = rows_of(grid, control)
     sources = _sources(methods.get(BASELINES[0]))
@@ -43,7 +45,7 @@ def evaluate_grid(grid: pa.Table, control: config.Control, num_bootstrap: int, s
 def _evaluate_method(
     rows: Rows, sources: Mapping[str, Floats], control: config.Control, num_bootstrap: int, seed: int
 ) -> dict[str, Any]:
-    weights_BP = draws(rows.num_prompts, num_bootstrap, seed)
+    weights_BP = rows.draws(num_bootstrap, seed)
     adjusted_NA = length_adjusted(rows.units_NA, rows.num_tokens_N, rows.prompt_N)
     slopes_BAA = slopes(rows.requested_NA, rows.units_NA, rows.prompt_N, weights_BP)
     adjusted_BAA = slopes(rows.requested_NA, adjusted_NA, rows.prompt_N, weights_BP)
@@ -59,7 +61,7 @@ def _evaluate_method(
     return {
         "num_rows": len(rows.prompt_N),
         "num_excluded": rows.num_all - len(rows.prompt_N),
-        "num_prompts": rows.num_prompts,
+        "num_prompts": rows.num_distinct,
         "mean_tokens": rows.mean_tokens,
         "finished": rows.finished,
         "attributes": attributes,

@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 
 from ctrlray import config, schema
 from ctrlray.errors import DataError
-from ctrlray.metrics.bootstrap import Floats, Ints, numbers
+from ctrlray.metrics.bootstrap import Floats, Ints, Sums, draws, numbers
 
 BASELINES = ("start", "prompting")
+MODEL = "model"
+"""Column of a grid that holds several models of one method, such as those of several training seeds: which one answered."""
+_BETWEEN = "\0"
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Rows:
     """One method's rows of the grid that have a score for every attribute, and counts of all its rows."""
 
     prompts: tuple[str, ...]
-    """Prompt ids in the order of their numbers."""
+    """Prompt ids in the order of their numbers; of several models an id stands once for each, whose answers never mix."""
     prompt_N: Ints
     requested_NA: Floats
     units_NA: Floats
@@ -37,8 +40,26 @@ class Rows:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts that have a row with scores."""
+        """Prompts that have a row with scores, times the models that answered them: P."""
         return len(self.prompts)
+
+    @property
+    def num_distinct(self) -> int:
+        """Prompts that have a row with scores."""
+        return len(set(self.prompts))
+
+    def draws(self, num_bootstrap: int, seed: int) -> Floats:
+        """weights_BP; a draw takes a prompt with the answers of all models or not at all."""
+        distinct, where_P = np.unique(np.asarray(self.prompts), return_inverse=True)
+        return draws(len(distinct), num_bootstrap, seed)[:, where_P]
+
+    def by_prompt(self, sums: Sums, prompts: Sequence[str]) -> Sums:
+        """Sums over the models of each given prompt id."""
+        where = {p: i for i, p in enumerate(prompts)}
+        kept = [i for i, p in enumerate(self.prompts) if p in where]
+        number = np.array([where[self.prompts[i]] for i in kept], np.int64)
+        top, bottom = (np.bincount(number, part[kept], minlength=len(prompts)) for part in sums)
+        return Sums(np.asarray(top, np.float64), np.asarray(bottom, np.float64))
 
     def numbers_of(self, prompts: Sequence[str]) -> Ints:
         """The number here of each given prompt id; KeyError for one that has no row."""
@@ -51,6 +72,7 @@ def rows_of(grid: pa.Table, control: config.Control) -> dict[str, Rows]:
     names = [a.name for a in control.attributes]
     per = [f"{kind}_{a}" for a in names for kind in ("requested", "units")]
     needed = ["prompt_id", "method", "sample", "text", "num_tokens", "finish_reason", *per]
+    needed += [MODEL] if MODEL in grid.column_names else []
     schema.require_columns(grid.column_names, *needed, stage="evaluate")
     if not grid.num_rows:
         raise DataError("evaluate: the grid is empty; rerun the evaluate stage")
@@ -70,12 +92,12 @@ def _rows(table: pa.Table, names: Sequence[str], method: str) -> Rows:
     if not keep.any():
         raise DataError(f"evaluate: none of {len(keep)} rows of {method!r} has a score; look at the quarantine table")
     scored = table.filter(pa.array(keep))
-    prompts = scored["prompt_id"].to_pylist()
-    prompt_N, _ = numbers(prompts, len(prompts), "evaluate")
+    answered = _answered(scored)
+    prompt_N, _ = numbers(answered, len(answered), "evaluate")
     requested_NA = np.column_stack([_floats(scored[f"requested_{a}"]) for a in names])
     finish = table["finish_reason"].to_pylist()
     return Rows(
-        prompts=tuple(sorted(set(prompts))),
+        prompts=tuple(a.split(_BETWEEN)[0] for a in sorted(set(answered))),
         prompt_N=prompt_N,
         requested_NA=requested_NA,
         units_NA=units_NA[keep],
@@ -88,6 +110,14 @@ def _rows(table: pa.Table, names: Sequence[str], method: str) -> Rows:
     )
 
 
+def _answered(table: pa.Table) -> list[str]:
+    """By row, the prompt and the model that answered it."""
+    prompts: list[str] = table["prompt_id"].to_pylist()
+    if MODEL not in table.column_names:
+        return prompts
+    return [f"{p}{_BETWEEN}{m}" for p, m in zip(prompts, table[MODEL].to_pylist(), strict=True)]
+
+
 def distinct_outputs(table: pa.Table, names: Sequence[str]) -> float:
     """Share of prompts whose settings do not all give the same text (of several samples, the same texts in any order).
 
@@ -95,7 +125,7 @@ def distinct_outputs(table: pa.Table, names: Sequence[str]) -> float:
     """
     texts: dict[str, dict[tuple[int, ...], list[str]]] = {}
     requested = [table[f"requested_{a}"].to_pylist() for a in names]
-    rows = zip(table["prompt_id"].to_pylist(), table["text"].to_pylist(), *requested, strict=True)
+    rows = zip(_answered(table), table["text"].to_pylist(), *requested, strict=True)
     for prompt, text, *setting in rows:
         texts.setdefault(prompt, {}).setdefault(tuple(setting), []).append(text)
     changed = [len({tuple(sorted(t)) for t in by_setting.values()}) > 1 for by_setting in texts.values()]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+from ctrlray.actors import last_line
 from ctrlray.config import Optimization
-from ctrlray.errors import ClusterError
+from ctrlray.errors import ClusterError, CtrlRayError
 from ctrlray.ledger import Progress
 from ctrlray.patience import Background, Patience
 from ctrlray.placement import on_nodes
 from ctrlray.tables import Storage
 
 _POLL_S = 1.0
+MOST_STARTS = 100
+"""How often worker groups may fail to start, a minute each, and nodes may be taken away; without it Ray tries for ever."""
 
 
 def launch(
@@ -21,10 +24,10 @@ def launch(
 ) -> None:
     """Run `loop(given)` on the workers that `settings` asks for, to its end.
 
-    `name` must hold the hash of all that the loop reads: Ray Train silently resumes what it finds under a name. Raises
-    ClusterError, beginning with `what`, when the workers failed more often than allowed.
+    `name` must hold the hash of all that the loop reads: Ray Train silently resumes what it finds under a name. Raises what
+    ctrlray itself refused in a worker, else a ClusterError that begins with `what`, when workers failed more often than allowed.
     """
-    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
     gpu = settings.gpus_per_worker > 0
@@ -43,14 +46,43 @@ def launch(
             name=name,
             storage_path=out.path("ray_train"),
             storage_filesystem=out.filesystem,
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures, controller_failure_limit=MOST_STARTS, max_preemption_failures=MOST_STARTS
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
             worker_runtime_env={"env_vars": worker_env},
         ),
     )
-    result = trainer.fit()
-    if result.error is not None:
-        raise ClusterError(f"{what} failed {settings.max_failures + 1} times: {result.error}") from result.error
+    try:
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise _told(error, what, settings.max_failures) from error
+
+
+def _told(error: Exception, what: str, max_failures: int) -> CtrlRayError:
+    """The error that a user reads of a training that failed for good."""
+    failures = [*_failures(error)][::-1]
+    for failure in failures:
+        if isinstance(failure, CtrlRayError):
+            return failure
+    line, name = last_line(failures[0]), type(failures[0]).__name__
+    named = line if line.startswith(name) else f"{name}: {line}"
+    return ClusterError(
+        f"{what} failed for good; it ended with: {named}. What is finished is kept: mend that, or lower micro_batch_tokens where "
+        f"memory is short, or raise max_failures={max_failures} where nodes are lost, and run the same command again; it goes on "
+        "from the last snapshot."
+    )
+
+
+def _failures(error: Exception) -> Iterator[Exception]:
+    """An error and what lies behind it, which Ray Train wraps; last what the worker of the lowest rank failed with."""
+    yield error
+    ranks = getattr(error, "worker_failures", None) or {}
+    of_workers = [ranks[rank] for rank in sorted(ranks, reverse=True)]
+    behind = [getattr(error, name, None) for name in ("controller_failure", "health_check_failure", "cause")]
+    for found in [*of_workers, *behind]:
+        if isinstance(found, Exception):
+            yield from _failures(found)
 
 
 class Watch:

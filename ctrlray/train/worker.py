@@ -13,6 +13,7 @@ from ctrlray import config, schema
 from ctrlray.control import ControlSpace
 from ctrlray.models import PreparedBase
 from ctrlray.tables import Storage, from_rows
+from ctrlray.train.extension import clear_locks
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def settle(settings: config.Optimization, seed: int) -> None:
     import torch
 
     if not torch.cuda.is_available():
+        clear_locks()
         _use_all_cores(settings)
         # rows gathered by index add their gradients up in thread order otherwise: two runs differ in the last bit
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -201,7 +203,8 @@ class _Loop:
         out.write_table(from_rows(gaps, schema.code_gaps()), "code_gaps")
         if out.is_local:
             write_tensorboard(self.trail.curves, out.path("tensorboard"))
-        note = {"key": self.task.key, "steps": len(self.steps), "path": self.learner.path}
+        seen = len(self.train) + len(self.valid_rows)
+        note = {"key": self.task.key, "steps": len(self.steps), "examples": seen, "path": self.learner.path}
         out.write_json(note, "done.json")
 
 

@@ -17,13 +17,14 @@ from ctrlray.ledger import Progress
 from ctrlray.patience import Background
 from ctrlray.rewards.pool import RewardPool
 from ctrlray.tables import Storage
-from ctrlray.train.launch import Watch, launch
+from ctrlray.train.launch import Watch, launch, waits_for
 from ctrlray.train.ppo import handover
 from ctrlray.train.ppo.loop import STOP, PPOTask, ppo_loop
 from ctrlray.train.ppo.rollouts import ROLLOUTS, Producer, Prompts
 from ctrlray.train.ppo.weights import newest_weights, read_weights
 
 _POLL_S = 0.02
+LEFT_OUT = "prompts_left_out.json"
 
 
 def train(
@@ -45,9 +46,12 @@ def train(
     order = Prompts(prompts, ControlSpace.of(job.control), renderer, task.objective, job.model.max_context, job.train_seed)
     if order.num_usable < task.objective.prompts_per_step:
         raise DataError(
-            f"ppo: {order.num_usable} of {len(prompts)} prompts leave room for {task.objective.sampling.max_tokens} tokens of an "
-            f"answer; it needs {task.objective.prompts_per_step}. Raise model.max_context or prompts.train"
+            f"ppo: {order.num_usable} of {len(prompts)} prompts can be asked, and it needs {task.objective.prompts_per_step}: "
+            f"{order.num_too_long} leave no room for {task.objective.sampling.max_tokens} tokens of an answer, "
+            f"{order.num_refused} hold text that reads as special tokens. Raise model.max_context or prompts.train"
         )
+    left_out = {"too_long": order.num_too_long, "special_tokens": order.num_refused}
+    task.out.write_json({why: n for why, n in left_out.items() if n}, LEFT_OUT)
     if task.out.exists(STOP):
         task.out.remove(STOP)
     handover.clear(task.out)
@@ -55,7 +59,7 @@ def train(
     progress.note("starting vLLM and reward actors")
     with (
         EnginePool(spec, job.generate.pool, f"{job.name}-ppo", timeout) as engines,
-        RewardPool(job.teachers, job.score.pool, f"{job.name}-ppo", timeout) as rewards,
+        RewardPool(job.teachers, job.score.pool, f"{job.name}-ppo", timeout, job.places(job.teachers)) as rewards,
     ):
         chats = {p["prompt_id"]: p["messages"] for p in prompts}
         producer = Producer(order, chats, job, task.objective, scales, engines, rewards, task.out)
@@ -128,16 +132,19 @@ class _Driver:
             if self._watch.seen != seen:
                 seen, moved = self._watch.seen, time.monotonic()
             if time.monotonic() - moved > self._timeout_s:
+                learner = waits_for(self._task.out, self._task.settings)
                 raise ClusterError(
-                    f"train: ppo: nothing finished for {self._timeout_s:g} s; it waits for {what}. What is finished is kept: "
+                    f"train: ppo: nothing finished for {self._timeout_s:g} s; it waits for {what}, the learner for {learner}. "
+                    "What is finished is kept: "
                     "mend that, or raise cluster.stall_timeout_s where it is only slow, and run the same command again."
                 )
         self._watch.look()
 
 
 def accounts(place: Storage, names: Sequence[str]) -> dict[str, Any]:
-    """Rollouts in = used + dropped, over all steps."""
+    """Rollouts in = used + dropped, over all steps; and how many prompts were never asked, by reason."""
     table = place.read_table(ROLLOUTS, schema.rollouts(names), ["error"])
     errors = table["error"].to_pylist()
     dropped = {reason: errors.count(reason) for reason in sorted(set(errors)) if reason}
-    return {"rollouts": len(errors), "used": errors.count(""), "dropped": dropped}
+    left_out = place.read_json(LEFT_OUT) if place.exists(LEFT_OUT) else {}
+    return {"rollouts": len(errors), "used": errors.count(""), "dropped": dropped, "prompts_left_out": left_out}

@@ -223,7 +223,7 @@ def _load_critic(
     from transformers import AutoModelForCausalLM
 
     stored = torch.float32 if settings.lora is None else getattr(torch, dtype)
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=stored)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=stored, use_safetensors=True)
     own, wanted = network.get_input_embeddings().weight, policy.get_input_embeddings().weight
     first = min(control_ids, default=len(wanted))
     if own.shape[1] != wanted.shape[1] or not first <= len(own) <= len(wanted):

@@ -56,11 +56,19 @@ class Prompts:
         self._space, self._ppo, self._renderer, self._seed = space, ppo, renderer, seed
         longest = max_context - ppo.sampling.max_tokens
         ordered = sorted(rows, key=lambda p: str(p["prompt_id"]))
-        lengths = [len(renderer.render(p["messages"], space.cells()[0])) for p in ordered]
-        self._rows = [p for p, size in zip(ordered, lengths, strict=True) if size <= longest]
-        self.num_too_long = len(ordered) - len(self._rows)
+        lengths = [self._length(p["messages"]) for p in ordered]
+        self._rows = [p for p, size in zip(ordered, lengths, strict=True) if size is not None and size <= longest]
+        self.num_refused = lengths.count(None)
+        """Prompts whose text reads as special tokens; generation has quarantined their answers, by name."""
+        self.num_too_long = len(ordered) - len(self._rows) - self.num_refused
         self._cells = space.cells()
         self._weights = [self._chance(c) for c in self._cells]
+
+    def _length(self, messages: Sequence[schema.Message]) -> int | None:
+        try:
+            return len(self._renderer.render(messages, self._space.cells()[0]))
+        except DataError:
+            return None
 
     def _chance(self, cell: Levels) -> float:
         chance = 1.0
@@ -70,7 +78,7 @@ class Prompts:
 
     @property
     def num_usable(self) -> int:
-        """Prompts that leave room for an answer."""
+        """Prompts that can be rendered and leave room for an answer."""
         return len(self._rows)
 
     def asks(self, step: int) -> list[Ask]:
