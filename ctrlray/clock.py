@@ -1,6 +1,7 @@
 """How long a stage took, over every attempt at it: what a killed run spent before is part of what its result cost.
 
-A stage's storage holds `time.json`, the seconds of all attempts so far, and under `starts/` one note per engine start.
+A stage's storage holds `time.json`, the seconds of all attempts so far, under `starts/` one note per engine start, and under
+`took/` the seconds of its parts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ctrlray.errors import StorageError
 from ctrlray.ledger import Progress
 from ctrlray.tables import Storage
 
-FILE, STARTS = "time.json", "starts"
+FILE, STARTS, TOOK = "time.json", "starts", "took"
 KEEP_S = 15.0
 """A kill loses at most this much of the count, and what passed since the last sign of progress."""
 
@@ -67,6 +68,25 @@ class Clock:
         if now - self._kept >= after_s:
             self._kept = now
             self._out.write_json({"seconds": round(self.seconds, 1)}, FILE)
+
+
+class Lap:
+    """Seconds of one part of a stage over every attempt, kept whenever what it made is kept."""
+
+    def __init__(self, out: Storage, part: str) -> None:
+        self._out, self._part = out, part
+        self._earlier, self._began = lap_seconds(out, part), time.monotonic()
+
+    def keep(self) -> None:
+        """What came up to now is there, and so is what it took."""
+        seconds = self._earlier + time.monotonic() - self._began
+        self._out.write_json({"seconds": round(seconds, 2)}, TOOK, f"{self._part}.json")
+
+
+def lap_seconds(out: Storage, part: str) -> float:
+    """Seconds of a part of a stage, over every attempt; 0 where none was kept."""
+    name = f"{part}.json"
+    return float(out.read_json(TOOK, name)["seconds"]) if out.exists(TOOK, name) else 0.0
 
 
 def note_start(out: Storage, seconds: float) -> None:

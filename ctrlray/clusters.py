@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -20,6 +22,10 @@ from ctrlray.placement import Group, Node, takes, without
 
 RAY_SHARE = 0.7
 """Of a node's memory that Ray gives to processes: by default it keeps 30% for its object store."""
+PRICES = Path(str(resources.files("ctrlray") / "assets" / "prices.yaml"))
+"""The prices that ship with ctrlray."""
+_TYPE = "accelerator_type:"
+"""How the resources of a Ray node name its kind of GPU."""
 _MACHINE_LABEL, _SPOT_LABEL = "node.kubernetes.io/instance-type", "cloud.google.com/gke-spot"
 _OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
@@ -93,6 +99,25 @@ class Launched(NamedTuple):
 def read_prices(path: Path) -> Prices:
     """Raises ConfigError where the file is not one of prices."""
     return parse(Prices, read_job(path), where=str(path))
+
+
+@cache
+def known_gpus() -> Mapping[str, GPU]:
+    """Kinds of GPU in the prices that ship with ctrlray."""
+    return read_prices(PRICES).gpus
+
+
+def gpu_gib(found: Iterable[str], gpus: Mapping[str, GPU]) -> float:
+    """Memory of each GPU of a Ray node, by the kind among its resources; infinite where that is not known.
+
+    Ray calls both kinds of A100 by one name, and launchers say A100-40G: the largest that it may be counts.
+    """
+
+    def of(kind: str) -> float:
+        fitting = [g.memory_gib for name, g in gpus.items() if name in (kind, f"{kind}B") or name.startswith(f"{kind}-")]
+        return max(fitting, default=math.inf)
+
+    return max((of(name.removeprefix(_TYPE)) for name in found if name.startswith(_TYPE)), default=math.inf)
 
 
 def read_cluster(path: Path, prices: Prices) -> Cluster:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
@@ -139,13 +139,38 @@ class Console:
         self.print(f"took    {(time.monotonic() - self._began) / 60:.1f} minutes")
 
 
-def accounts(results: Mapping[str, dict[str, Any]]) -> list[str]:
-    """The ledger of finished stages, one line each."""
+def accounts(results: Mapping[str, dict[str, Any]], *, reasons: bool = False) -> list[str]:
+    """The ledger of finished stages, one line each; with `reasons`, below it those of its rows that were left out."""
     lines = [f"{'stage':<10}{'in':>7}{'out':>7}{'dropped':>9}{'quarantined':>13}{'tokens':>9}{'seconds':>9}"]
-    return lines + [_account(stage, r) for stage, r in results.items()]
+    for stage, r in results.items():
+        lines += [_account(stage, r), *(_reasons(r) if reasons else [])]
+    return lines
 
 
 def _account(stage: str, r: dict[str, Any]) -> str:
     dropped, bad = sum(r["dropped"].values()), sum(r["quarantined"].values())
     seconds = f"  with {host}" if (host := r["facts"].get("streamed_behind")) else f"{r['seconds']:>9}"
     return f"{stage:<10}{r['rows_in']:>7}{r['rows_out']:>7}{dropped:>9}{bad:>13}{r['tokens'] or '':>9}{seconds}"
+
+
+def _reasons(r: dict[str, Any]) -> list[str]:
+    """`  dropped      12 cell_full, 3 truncated`, most rows first, the same of those quarantined, and accounts beside these."""
+    left = {kind: r[kind] for kind in ("dropped", "quarantined")} | dict(_beside(r["facts"]))
+    return [f"  {kind:<12} " + _most_first(found) for kind, found in left.items() if found]
+
+
+def _beside(facts: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, int]]]:
+    """Accounts that a stage keeps of other rows than its own: PPO's rollouts and prompts, judged answers, sets of prompts."""
+    for name, found in facts.items():
+        if isinstance(found, Mapping) and "rollouts" in found:
+            yield f"{name}: dropped", found["dropped"]
+            yield f"{name}: prompts left out", found.get("prompts_left_out", {})
+    if facts.get("not_judged"):
+        yield "answers", {"not judged": facts["not_judged"]}
+    for name, found in facts.get("sets", {}).items():
+        yield f"{name}: dropped", found["dropped"]
+        yield f"{name}: quarantined", found["quarantined"]
+
+
+def _most_first(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {why}" for why, n in sorted(counts.items(), key=lambda item: (-item[1], item[0])))

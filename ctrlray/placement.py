@@ -1,7 +1,7 @@
 """Placement as arithmetic: what each phase of a job reserves, and whether a cluster can take it.
 
 Pure: a job, the shape of its model and a list of nodes in; groups of actors, or what is missing and the smallest change
-that would fit, out. Ray knows no GPU's memory: it counts where a list of nodes gives it, as that of a cluster file does.
+that would fit, out. The memory of GPUs counts where a list of nodes gives it: a cluster file does, Ray names at most their kind.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from ctrlray.memory import Shape
 from ctrlray.schema import PROMPTS_PER_PART
 
 WRITE_CPUS = 0.05
-"""Logical CPUs of the score writer and of a request writer, which idle beside engines and rewards."""
-_ENGINES_PER_EXPANDER = 32
+"""Logical CPUs of a score writer and of a request writer, which idle beside engines and rewards."""
+_ENGINES_PER_WRITER = 32
 CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
 JUDGING = "evaluate: judges"
@@ -29,6 +29,7 @@ STAGES_OF = {
     JUDGING: ("evaluate",),
 }
 """Stages that run a phase's actors."""
+MERGE = "adapter merge"
 _ON_NODES = 0.001
 """What an actor takes of the one unit that each node of a group has."""
 
@@ -86,7 +87,7 @@ def plan(
         _workers(job, "train", shape),
         *(_reinforcing(job, shape, known) if ppo else []),
         _engines(job, "evaluate", engines.max_size, shape),
-        Group("evaluate", "adapter merge", 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
+        Group("evaluate", MERGE, 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
         *(_scoring(job, JUDGING, job.judges, scorers, known) if job.judges else []),
     ]
 
@@ -95,21 +96,25 @@ def _expanding(job: config.Job, phase: str) -> list[Group]:
     """Actors that render requests, where the prompts are more than the driver renders itself."""
     if job.prompts.train + job.prompts.eval <= PROMPTS_PER_PART:
         return []
-    writers = expanders(job.generate.pool.max_size)
-    return [Group(phase, "request writer", writers, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
+    number = writers(job.generate.pool.max_size)
+    return [Group(phase, "request writer", number, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
 
 
-def expanders(engines: int) -> int:
-    """How many actors render requests for so many engines: each renders some thousand a second."""
-    return 1 + engines // _ENGINES_PER_EXPANDER
+def writers(engines: int) -> int:
+    """How many actors write requests for so many engines, and as many their scores.
+
+    Ray Data gives an actor two blocks ten times a second at most, however little each takes.
+    """
+    return 1 + engines // _ENGINES_PER_WRITER
 
 
 def _scoring(
     job: config.Job, phase: str, rewards: Sequence[config.Reward], actors: int, known: Mapping[str, int]
 ) -> list[Group]:
-    """Pools of rewards and the writer of what they say."""
+    """Pools of rewards and the writers of what they say."""
     pools = [_reward(job, phase, r, actors, known) for r in rewards]
-    return [*pools, Group(phase, "score writer", 1, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
+    number = writers(job.generate.pool.max_size)
+    return [*pools, Group(phase, "score writer", number, WRITE_CPUS, 0.0, memory.SMALL_PROCESS_GIB)]
 
 
 def _reinforcing(job: config.Job, shape: Shape | None, known: Mapping[str, int]) -> list[Group]:
@@ -132,7 +137,7 @@ def _engines(job: config.Job, phase: str, actors: int, shape: Shape | None) -> G
 def _reward(job: config.Job, phase: str, reward: config.Reward, actors: int, known: Mapping[str, int]) -> Group:
     pool = job.score.pool
     runs_model = reward.type in ("embedded", "hf")
-    host = memory.WORKER_PROCESS_GIB if runs_model else memory.SMALL_PROCESS_GIB
+    host = memory.REWARD_PROCESS_GIB if runs_model else memory.SMALL_PROCESS_GIB
     weights = memory.reward_weights_gib(known.get(getattr(reward, "model", ""), 0), gpu=pool.gpus > 0)
     device = memory.CONTEXT_GIB + weights if runs_model and pool.gpus else 0.0
     who = f"{'judge' if reward.judge else 'reward'} {reward.type}"
@@ -146,10 +151,23 @@ def _workers(job: config.Job, phase: str, shape: Shape | None) -> Group:
     return Group(phase, "worker", train.workers, train.cpus_per_worker, train.gpus_per_worker, host, train.nodes, device)
 
 
+def of_stage(groups: Sequence[Group], stage: str) -> list[Group]:
+    """What a stage runs, in all its phases; export merges an adapter and has no engine."""
+    mine = [g for g in groups if stage in STAGES_OF[g.phase]]
+    return [g for g in mine if g.operator == MERGE] if stage == "export" else mine
+
+
 def bundles(groups: Sequence[Group]) -> list[dict[str, float]]:
-    """The largest phase as resource bundles, for an autoscaler to make room for."""
-    largest = max(phases(groups).values(), key=lambda p: (sum(g.actors * g.gpus for g in p), sum(g.actors * g.cpus for g in p)))
-    return [bundle(g) for g in largest for _ in range(g.actors)]
+    """The largest phase as resource bundles, for an autoscaler to make room for; of each group of nodes its own largest.
+
+    An autoscaler starts nothing where it cannot hold all that is asked for, so phases that follow each other are not added up.
+    """
+    made = []
+    for nodes in dict.fromkeys(g.nodes for g in groups):
+        here = phases([g for g in groups if g.nodes == nodes]).values()
+        largest = max(here, key=lambda p: (sum(g.actors * g.gpus for g in p), sum(g.actors * g.cpus for g in p)))
+        made += [bundle(g) for g in largest for _ in range(g.actors)]
+    return made
 
 
 def bundle(group: Group) -> dict[str, float]:
@@ -166,7 +184,8 @@ def misfit(
 ) -> str | None:
     """What is missing for which phases, and the smallest change with which all of them fit; None when they do."""
     missing = [f"{name} {_missing(mine, nodes)}" for name, mine in phases(groups).items() if not packs(mine, nodes)]
-    return f"{'; '.join(missing)}. {_advice(job, set(phases(groups)), nodes, shape, rewards)}" if missing else None
+    wanted = {(g.phase, g.operator) for g in groups}
+    return f"{'; '.join(missing)}. {_advice(job, wanted, nodes, shape, rewards)}" if missing else None
 
 
 def phases(groups: Sequence[Group]) -> dict[str, list[Group]]:
@@ -254,10 +273,14 @@ def _text(amount: float) -> str:
 
 
 def _advice(
-    job: config.Job, wanted: set[str], nodes: Sequence[Node], shape: Shape | None, rewards: Mapping[str, int] | None
+    job: config.Job,
+    wanted: set[tuple[str, str]],
+    nodes: Sequence[Node],
+    shape: Shape | None,
+    rewards: Mapping[str, int] | None,
 ) -> str:
     def planned(job: config.Job) -> list[Group]:
-        return [g for g in plan(job, shape, rewards) if g.phase in wanted]
+        return [g for g in plan(job, shape, rewards) if (g.phase, g.operator) in wanted]
 
     for changes in _smaller(job):
         made = changed(job, changes)

@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from ctrlray import config, estimate, memory, models, placement, rates
-from ctrlray.clusters import GPU, RAY_SHARE, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
+from ctrlray.clusters import GPU, PRICES, RAY_SHARE, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.memory import Memory, Shape
 from ctrlray.placement import JUDGING, Group
@@ -119,7 +118,7 @@ class Planner:
                 if g.operator in parts and not (phase == "evaluate" and g.operator == "engine"):
                     yield self._held(g, parts[g.operator])
                 elif g.operator.startswith(("reward", "judge")):
-                    context = memory.CONTEXT_GIB if g.gpus else memory.WORKER_PROCESS_GIB
+                    context = memory.CONTEXT_GIB if g.gpus else memory.REWARD_PROCESS_GIB
                     size = max(g.gpu_gib if g.gpus else g.memory_gib, context)
                     yield self._held(g, Memory(weights=size - context, process=context))
 
@@ -212,7 +211,7 @@ def plan(job: config.Job, cluster: Path, prices: Path | None = None, given: Path
 
     Raises ConfigError where a file or a model is not understood, ClusterError when the job does not fit.
     """
-    facts = read_prices(prices or Path(str(resources.files("ctrlray") / "assets" / "prices.yaml")))
+    facts = read_prices(prices or PRICES)
     shape, rewards = models.shape_from_hub(job.model), models.reward_parameters(job.rewards)
     speeds = rates.read_rates(given) if given else Rates()
     return Planner(job, read_cluster(cluster, facts), facts, speeds, shape, rewards).plan()

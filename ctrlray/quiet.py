@@ -1,6 +1,6 @@
 """Keeps the log lines of Ray and its libraries out of the terminal; they stay in Ray's session folder.
 
-The only place that sets environment variables for this process: all are settings of libraries that read nothing else.
+Sets environment variables for this process: all are settings of libraries that read nothing else.
 """
 
 from __future__ import annotations
@@ -60,6 +60,20 @@ def silenced_stderr() -> Iterator[None]:
         os.dup2(kept, 2)
         os.close(kept)
         os.close(nowhere)
+
+
+@contextlib.contextmanager
+def own_logging() -> Iterator[None]:
+    """Errors only while something is imported, then logging as it was: `ray.serve.llm` has all records written as JSON."""
+    root = logging.getLogger()
+    handlers, level, disabled = root.handlers[:], root.level, root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(disabled)
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def quiet_ray() -> None:

@@ -16,6 +16,7 @@ from ctrlray.metrics.control import code_gap
 
 if TYPE_CHECKING:
     from ctrlray.pipeline import Run
+    from ctrlray.tables import Storage
 
 SAMPLE_PROMPTS = 6
 PROJECTED_ROWS, PROJECTED_PARAMETERS = 10, 7e9
@@ -68,6 +69,7 @@ def gather(run: Run) -> Any:
         passes={m: _PASSES[path] for m in curves if (path := results["train"]["facts"][m].get("path"))},
         code_gaps=code_gaps(run),
         metrics=metrics,
+        spent=results["evaluate"]["facts"].get("spent", {}),
         pool_slopes=facts["pool_slopes"],
         samples=_samples(run),
         alarms=[*alarms(metrics, facts["cells_before"], facts["cells_after"], job.distill.strategy, job.control), *warnings],
@@ -159,15 +161,23 @@ def headline(run: Run, method: str) -> dict[str, str]:
     figures = {}
     if method in (gaps := code_gaps(run)):
         figures["held-out code gap, nats per token"] = _interval(gaps[method])
-    if run.out("evaluate").exists("metrics.json"):
-        measured = run.out("evaluate").read_json("metrics.json")[method]
+    return figures | control_figures(run.out("evaluate"), method, run.job.evaluate.sampling)
+
+
+def control_figures(evaluated: Storage, method: str, sampling: config.Sampling) -> dict[str, str]:
+    """Those of the evaluation, by what it left in a folder and how it sampled; none where it has not run."""
+    figures = {}
+    if evaluated.exists("metrics.json"):
+        measured = evaluated.read_json("metrics.json")[method]
         for name, values in measured["attributes"].items():
             figures[f"{name}: pairwise order accuracy (chance 0.5)"] = _interval(values["pairwise"])
             figures[f"{name}: mean absolute error, levels"] = _interval(values["mae"])
         if kl := measured.get("kl_base"):
-            figures["KL to the base without a code, nats per answer"] = _interval(kl)
-    if run.out("evaluate").exists("judge.json"):
-        judged = run.out("evaluate").read_json("judge.json")
+            plain = (sampling.temperature, sampling.top_p, sampling.min_p) == (1.0, 1.0, 0.0)
+            drift = "KL to the base" if plain else "log-probability over the base's"  # of other samples the mean is no KL
+            figures[f"{drift} without a code, nats per answer"] = _interval(kl)
+    if evaluated.exists("judge.json"):
+        judged = evaluated.read_json("judge.json")
         for name, values in judged[method]["attributes"].items():
             figures[f"{name}: pairwise order accuracy under the judge"] = _interval(values["pairwise"])
             within = judged["correlation"][name]["within_prompt"]
@@ -189,7 +199,8 @@ def _samples(run: Run) -> list[dict[str, Any]]:
     prompts = {p["prompt_id"]: p["messages"] for p in run.prompts("eval").to_pylist()}
     methods = [o.type for o in run.job.train.objectives] + list(run.job.evaluate.methods)
     samples = []
-    for prompt in sorted(prompts)[:SAMPLE_PROMPTS]:
+    answered = {r["prompt_id"] for r in grid}
+    for prompt in sorted(p for p in prompts if p in answered)[:SAMPLE_PROMPTS]:
         for method in methods:
             rows = [r for r in grid if r["prompt_id"] == prompt and r["method"] == method and r["sample"] == 0]
             rows.sort(key=lambda r: tuple(r[f"requested_{n}"] for n in names))

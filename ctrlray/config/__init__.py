@@ -4,6 +4,7 @@ This package reads and validates; it knows nothing of Ray, torch or vLLM, so `--
 """
 
 from ctrlray.config.base import Frozen, NodeGroup, Pool, T
+from ctrlray.config.compare import differences, flat
 from ctrlray.config.generation import (
     Behaviour,
     BenchmarkPrompts,
@@ -102,7 +103,9 @@ __all__ = [
     "assign",
     "cache_home",
     "data_home",
+    "differences",
     "find_job",
+    "flat",
     "load_job",
     "packaged_jobs",
     "parse",

@@ -16,12 +16,12 @@ class PackagedPrompts(Frozen):
 
 
 class FilePrompts(Frozen):
-    """Prompts from a file: jsonl, jsonl.gz, csv or parquet, told by its ending. `$CTRLRAY_DATA` is expanded."""
+    """Prompts from a file: jsonl, json, csv or parquet, also with .gz, told by its ending. `$CTRLRAY_DATA` is expanded."""
 
     type: Literal["file"] = "file"
     path: str
     column: str | None = None
-    """Column of the prompt text or message list; by default the first of messages, prompt, question, instruction, text."""
+    """Of the prompt's text or messages; by default the first of messages, prompt, question, instruction, text, turns."""
     limit: Annotated[int, Field(ge=1)] | None = None
 
 

@@ -238,6 +238,16 @@ class Job(Frozen):
         return tuple(r for r in self.rewards if not r.judge)
 
     @property
+    def critics(self) -> dict[str, str]:
+        """Models that critics start from, by the settings that name them: `train.objectives.1.critic.model`."""
+        learning = [(i, o) for i, o in enumerate(self.train.objectives) if isinstance(o, PPO) and o.advantage == "gae"]
+        return {f"train.objectives.{i}.critic.model": o.critic.model for i, o in learning if o.critic.model}
+
+    def places(self, rewards: Sequence[Reward]) -> list[str]:
+        """Where the job has some of its rewards, as its settings are named: `rewards.1`."""
+        return [f"rewards.{self.rewards.index(r)}" for r in rewards]
+
+    @property
     def train_seed(self) -> int:
         """Seed of all that training draws."""
         return self.seed if self.train.seed is None else self.train.seed

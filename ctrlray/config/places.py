@@ -13,7 +13,7 @@ from pydantic import AfterValidator
 def _root(value: str) -> str:
     if "://" not in value and not Path(value).expanduser().is_absolute():
         raise ValueError(f"run_root={value!r} is relative; give an absolute path or a URI such as s3://bucket/run")
-    if re.match(r"\w+://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
+    if re.search(r"://[^/]*@", value):  # it would be kept in job.yaml and shown in the report
         raise ValueError("run_root holds credentials; give them by the environment (AWS_ACCESS_KEY_ID, ...) instead")
     return value
 

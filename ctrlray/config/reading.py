@@ -40,7 +40,7 @@ def load_job(source: str | Path | None = None, overrides: Sequence[str] = ()) ->
 def read_job(path: Path, overrides: Sequence[str] = (), what: str = "job file") -> dict[str, Any]:
     """A settings file's content with `overrides` (`a.b=c`) in it, not yet checked; errors call the file `what`."""
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+        raw = _load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"cannot read the {what} {path}: {error}") from error
     if not isinstance(raw, dict):
@@ -50,13 +50,29 @@ def read_job(path: Path, overrides: Sequence[str] = (), what: str = "job file") 
     return raw
 
 
+def _load(text: str) -> Any:
+    """What a YAML text says. Raises YAMLError, whatever is wrong with it."""
+    try:
+        return yaml.load(text, _UniqueKeys)
+    except (ArithmeticError, RecursionError, ValueError) as error:  # as PyYAML's scanner and deep nesting raise
+        raise yaml.YAMLError(str(error)) from error
+
+
 class _UniqueKeys(yaml.SafeLoader):
     """YAML in which a key that is given twice is an error: by itself the last one would win in silence."""
 
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """Name the place of a value such as 2024-99-99: PyYAML lets through what Python says of it."""
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise yaml.constructor.ConstructorError(None, None, f"this value cannot be read: {error}", node.start_mark) from error
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Refuse what is there twice."""
+        """Refuse what is there twice. Keys that are no scalars are refused by PyYAML itself."""
         seen: set[str] = set()
-        for key, _ in node.value:
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)] if isinstance(node, yaml.MappingNode) else []
+        for key in scalars:
             if key.value in seen and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice; keep one", key.start_mark)
             seen.add(key.value)
@@ -78,7 +94,8 @@ def parse(kind: type[T], raw: Mapping[str, Any], *, where: str) -> T:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_explain(kind, dict(problem)) for problem in error.errors(include_url=False)]
+        problems = [dict(problem) for problem in error.errors(include_url=False)]
+        lines = [_explain(kind, raw, problem) for problem in problems if not _follows(problem, problems)]
         raise ConfigError(f"{where}:\n  " + "\n  ".join(lines)) from None
 
 
@@ -103,7 +120,7 @@ def assign(raw: dict[str, Any], assignment: str) -> None:
     if not sep or not re.fullmatch(r"[\w-]+(\.[\w-]+)*", key):
         raise ConfigError(f"--set {assignment!r}: write it as a.b=value, for example train.epochs=3")
     try:
-        value = yaml.safe_load(text)
+        value = _load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {key}: {text!r} is not YAML ({' '.join(str(error).split())}); quote or close it") from error
     put(raw, key, value, f"--set {key}")
@@ -139,16 +156,43 @@ def _descend(node: Any, part: str, where: str) -> Any:
     return node[part]
 
 
-def _explain(kind: type[Frozen], problem: dict[str, Any]) -> str:
+def _explain(kind: type[Frozen], raw: Mapping[str, Any], problem: dict[str, Any]) -> str:
     location = [str(p) for p in problem["loc"]]
-    field = ".".join(location) or "job"
+    field = ".".join(_written(raw, problem)) or "job"
     if problem["type"] == "extra_forbidden":
         known = _known_keys(kind, location[:-1])
         close = difflib.get_close_matches(location[-1], known, 1)
-        return f"{field}: unknown key" + (f"; did you mean {close[0]!r}?" if close else "") + f" Known: {', '.join(known)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    shown = json.dumps(problem.get("input"), default=str)
-    return f"{field}: {message}" + ("" if problem["type"] == "value_error" else f" (got {shown[:120]})")
+        return f"{field}: unknown key" + (f"; did you mean {close[0]!r}?" if close else ".") + f" Known: {', '.join(known)}"
+    message, given = problem["msg"].removeprefix("Value error, "), problem.get("input")
+    if problem["type"] == "union_tag_invalid" and isinstance(given, Mapping):
+        field, message, given = f"{field}.type", f"Input should be one of {problem['ctx']['expected_tags']}", given["type"]
+    return f"{field}: {message}" + ("" if problem["type"] == "value_error" else f" (got {_shown(given)[:120]})")
+
+
+def _shown(given: Any) -> str:
+    try:
+        return json.dumps(given, default=str)
+    except (TypeError, ValueError, RecursionError):  # a date as a key, or an alias of what it stands in
+        return repr(given)
+
+
+def _follows(problem: dict[str, Any], problems: Sequence[dict[str, Any]]) -> bool:
+    """Whether a list is only too short because its items are wrong, which is said already."""
+    at = problem["loc"]
+    return problem["type"] == "too_short" and any(p["loc"][: len(at)] == at for p in problems if p is not problem)
+
+
+def _written(raw: Any, problem: dict[str, Any]) -> list[str]:
+    """Where a problem lies as the file and `--set` spell it: without the types of settings that pydantic puts between."""
+    found, node, tag = [], raw, None
+    for part in problem["loc"]:
+        if part == tag:
+            tag = None
+        elif part in (node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list) else ()):
+            node = node[part]
+            tag = node.get("type") if isinstance(node, Mapping) else None
+            found.append(str(part))
+    return [*found, str(problem["loc"][-1])] if problem["type"] == "missing" else found
 
 
 def _known_keys(kind: type[Frozen], location: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -89,7 +90,7 @@ class Endpoint(AnyReward):
     token_env: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
     """Environment variable that holds the bearer token; it must be set on every node that runs reward actors."""
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
-    """Per request."""
+    """Per request, from its start to the last byte of the answer."""
     retries: Annotated[int, Field(ge=0, le=20)] = 5
     """Further tries after a timeout, a 429 or a 5xx, with exponential backoff and jitter."""
     concurrency: Annotated[int, Field(ge=1, le=256)] = 4
@@ -124,7 +125,11 @@ class HTTPReward(Endpoint):
 
 
 class JudgeReward(Endpoint):
-    """A language model that rates one answer per request, behind any OpenAI-compatible API (`url` ends in /v1)."""
+    """A language model that rates one answer per request, behind any OpenAI-compatible API (`url` ends in /v1).
+
+    Its rating is the last number that follows the word `rating` or `score`, else the last number in the last line that holds one:
+    7 in `Rating (1-10): 7` and in `7/10`, 7.5 in `7,5`. A reply without one is an error of its row, with the reply's end.
+    """
 
     type: Literal["judge"] = "judge"
     model: str
@@ -132,10 +137,31 @@ class JudgeReward(Endpoint):
     """The one output it gives."""
     rubric: Annotated[str, Field(min_length=1)]
     """What a high and a low rating mean."""
+    template: str | None = None
+    """What the judge is sent, in your own words; unset, a prompt of ctrlray's own.
+
+    It holds `{rubric}`, `{conversation}` and `{answer}`, and asks for the rating in the last line. The rubric is put in as it is,
+    conversation and answer as JSON, so that nothing in them passes for an instruction's end. A brace of its own is doubled."""
     lowest: float = 1
     highest: float = 10
     """A rating outside of these is an error of its row."""
     max_tokens: Annotated[int, Field(ge=4)] = 256
+
+    @field_validator("template")
+    @classmethod
+    def _filled(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        wanted = {"{rubric}", "{conversation}", "{answer}"}
+        try:
+            held = {_placeholder(*part[1:]) for part in string.Formatter().parse(value) if part[1] is not None}
+        except ValueError as error:
+            raise ValueError(f"{error}; a brace that holds no placeholder is written twice") from None
+        for problem, names in (("unknown", held - wanted), ("missing", wanted - held)):
+            if names:
+                shown = ", ".join(sorted(names))
+                raise ValueError(f"{problem}: {shown}; it takes each of {', '.join(sorted(wanted))}, and doubled braces")
+        return value
 
     @model_validator(mode="after")
     def _ordered(self) -> JudgeReward:
@@ -147,6 +173,11 @@ class JudgeReward(Endpoint):
     def outputs(self) -> tuple[str, ...] | None:
         """Attributes it gives."""
         return (self.attribute,)
+
+
+def _placeholder(name: str | None, form: str | None, conversion: str | None) -> str:
+    """As it was written."""
+    return f"{{{name}{f'!{conversion}' if conversion else ''}{f':{form}' if form else ''}}}"
 
 
 Reward = Annotated[

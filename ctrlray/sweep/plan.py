@@ -25,7 +25,7 @@ from pydantic import Field
 
 from ctrlray import config
 from ctrlray.errors import ConfigError
-from ctrlray.pipeline import STAGES, UPSTREAM, Run, differences
+from ctrlray.pipeline import STAGES, UPSTREAM, Run
 from ctrlray.placement import Group, Node, packs
 from ctrlray.tables import Storage
 
@@ -166,7 +166,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Plan:
 
 def _apart(before: config.Job, after: config.Job) -> list[str]:
     """Settings in which two variants differ, as `a.b: old -> new`."""
-    return [line for line in differences(before, after) if line.split(":")[0] not in _OF_A_RUN]
+    return [line for line in config.differences(before, after) if line.split(":")[0] not in _OF_A_RUN]
 
 
 def _job_file(name: str, sweep_file: Path) -> Path:

@@ -76,7 +76,8 @@ def _room(plan: Plan, todo: Sequence[str]) -> tuple[int, str | None]:
     jobs = [plan.jobs[name] for name in todo]
     pipeline.start_ray(jobs[0].cluster)
     shapes = {job.model: models.shape(models.resolve(job.model)) for job in jobs}
-    phases = [p for job in jobs for p in placement.phases(placement.plan(job, shapes[job.model])).values()]
+    plans = [placement.plan(job, shapes[job.model], models.known_reward_parameters(job.rewards)) for job in jobs]
+    phases = [p for groups in plans for p in placement.phases(groups).values()]
     count = slots(phases, pipeline.nodes(), min(plan.sweep.parallel, len(todo)))
     if count > 1 and not (jobs[0].cluster.address or os.environ.get("RAY_ADDRESS")):
         return count, str(ray.get_runtime_context().gcs_address)
