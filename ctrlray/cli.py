@@ -35,7 +35,9 @@ _RAY_DATA_ADVICE = "\nFailed to apply UDF transform after"
 class _Examples(click.Command):
     """A command whose help ends with examples."""
 
-    examples = ""
+    def __init__(self, *args: Any, examples: str = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        self.examples = examples
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the examples as they are, one per line."""
@@ -44,14 +46,12 @@ class _Examples(click.Command):
                 formatter.write_text(line)
 
 
-def _command(group: click.Group, name: str, text: str, examples: str) -> Callable[[Any], click.Command]:
-    def wrap(function: Any) -> click.Command:
-        made: click.Command = group.command(name, cls=_Examples, help=text)(function)
-        assert isinstance(made, _Examples)
-        made.examples = examples
-        return made
+class _Group(_Examples, click.Group):
+    """Commands under one name, and examples of them."""
 
-    return wrap
+
+def _command(group: click.Group, name: str, text: str, examples: str) -> Callable[[Any], click.Command]:
+    return group.command(name, cls=_Examples, help=text, examples=examples)
 
 
 def _complete_job(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
@@ -125,12 +125,22 @@ def _kill_children() -> None:
             child.kill()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+_MAIN = (
+    "ctrlray pipeline\n"
+    "ctrlray pipeline job.yaml --set train.epochs=3 --dry-run\n"
+    "ctrlray runs show quickstart\n"
+    "ctrlray chat quickstart --level safety=3"
+)
+
+
+@click.group(
+    cls=_Group, examples=_MAIN, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 @click.version_option(__version__, prog_name="ctrlray")
 def main() -> None:
     """Turn an aligned chat model into a dialled one: per request, set how safe and how helpful the answer should be.
 
-    JOB is a YAML file or the name of a packaged job (quickstart, smoke); without it the quickstart runs.
+    JOB is a YAML file or the name of a packaged job (quickstart, smoke, hh-qwen3-8b, ...); without it the quickstart runs.
     """
 
 
@@ -170,6 +180,8 @@ def _fail(error: BaseException, debug: bool) -> None:
     if debug:
         traceback.print_exception(error)
     found = _root_cause(error)
+    if not isinstance(found, CtrlRayError):
+        found = _disk_error(error) or found
     known = isinstance(found, CtrlRayError)
     text = str(getattr(found, "cause", None) or found) if known else f"{type(found).__name__}: {found}".strip()[-1500:]
     text = text.split(_RAY_DATA_ADVICE)[0]
@@ -192,6 +204,20 @@ def _root_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _disk_error(error: BaseException) -> CtrlRayError | None:
+    """What the first error of a disk says, along the chain of causes, which Ray wraps; None where there is none."""
+    from ctrlray.tables import disk_error
+
+    seen: BaseException | None = error
+    while seen is not None:
+        cause = getattr(seen, "cause", None)
+        inner = disk_error(cause) if isinstance(cause, BaseException) else None
+        if told := inner or disk_error(seen):
+            return told
+        seen = seen.__cause__
+    return None
+
+
 def _print_plan(job: Job) -> None:
     import yaml
 
@@ -211,11 +237,11 @@ def _print_plan(job: Job) -> None:
 
 
 def _print_placement(job: Job) -> None:
-    from ctrlray.models import shape_here
+    from ctrlray.models import known_reward_parameters, shape_here
     from ctrlray.placement import plan
 
     click.echo(f"\n{'phase':<19} {'actors at least':<22} {'CPUs each':>9} {'GPUs each':>9} {'GiB each':>9}")
-    for group in plan(job, shape_here(job.model)):
+    for group in plan(job, shape_here(job.model), known_reward_parameters(job.rewards, fetch=False)):
         memory = f"{group.memory_gib:.1f}" if group.memory_gib else "unknown"
         who = f"{group.actors} x {group.operator}"
         click.echo(f"{group.phase:<19} {who:<22} {group.cpus:>9g} {group.gpus:>9g} {memory:>9}")
@@ -325,7 +351,7 @@ def _runtime_env(path: Path | None, variables: Sequence[str]) -> dict[str, Any]:
 
 
 @_command(main, "pipeline", "Run all stages of a job in order; finished and unchanged ones are skipped.", _EXAMPLES["pipeline"])
-@click.option("--restarts", default=0, help="How often a driver that is killed is started again.")
+@click.option("--restarts", default=0, show_default=True, help="How often a driver that is killed is started again.")
 @_job_options
 def _pipeline(job: str | None, overrides: tuple[str, ...], dry_run: bool, debug: bool, restarts: int) -> None:
     from ctrlray.pipeline import STAGES
@@ -411,7 +437,7 @@ def _part(job: str, stages: tuple[str, ...]) -> None:
     _run(stages, job, (), False, False)
 
 
-@main.group("models")
+@main.group("models", cls=_Group, examples="ctrlray models pull")
 def _models() -> None:
     """Models that ctrlray brings along."""
 
@@ -428,7 +454,11 @@ def _pull(force: bool) -> None:
         _fail(error, False)
 
 
-@main.group("reward")
+@main.group(
+    "reward",
+    cls=_Group,
+    examples="ctrlray reward train jobs/reward-model/job.yaml\nctrlray reward evaluate jobs/reward-model/job.yaml",
+)
 def _reward() -> None:
     """Reward models."""
 
@@ -533,7 +563,7 @@ def _reward_evaluate(what: str, data: tuple[str, ...], overrides: tuple[str, ...
         _fail(error, debug)
 
 
-@main.group("config")
+@main.group("config", cls=_Group, examples="ctrlray config schema > ctrlray.schema.json")
 def _config() -> None:
     """Job files."""
 
@@ -545,7 +575,7 @@ def _schema() -> None:
     click.echo(json.dumps(Job.model_json_schema(), indent=1))
 
 
-class _ServeGroup(click.Group):
+class _ServeGroup(_Group):
     """`ctrlray serve MODEL ...` beside `ctrlray serve key`: what is no verb is a model."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -555,32 +585,52 @@ class _ServeGroup(click.Group):
         return super().parse_args(ctx, args)
 
 
-@main.group("serve", cls=_ServeGroup)
+@main.group("serve", cls=_ServeGroup, examples="ctrlray serve quickstart\nctrlray serve key")
 def _serve() -> None:
     """Serve dialled models behind an OpenAI-compatible API. `ctrlray serve MODEL ...` is `ctrlray serve run MODEL ...`."""
 
 
+def _check_demo(demo: bool, named: Sequence[str]) -> None:
+    if demo and named:
+        raise click.UsageError(f"--demo is a model by itself; leave out {named[0]!r}, or leave out --demo")
+
+
+def _demo_folder() -> str:
+    """The folder of the dial that ctrlray brings along."""
+    from ctrlray import demo
+    from ctrlray.quiet import quiet_libraries
+
+    quiet_libraries()
+    if not demo.ready():
+        click.echo("making the demo dial: fetches and prepares the embedded model once, about a minute", err=True)
+    return str(demo.folder())
+
+
+_demo_option = click.option("--demo", is_flag=True, help="The small dial that ctrlray brings along, of SmolLM2-135M.")
 _SERVE = (
+    "ctrlray serve --demo\n"
     "ctrlray serve quickstart\n"
     "ctrlray serve /models/mine --policy policy.yaml --host 0.0.0.0\n"
     "ctrlray serve quickstart --method exmate --method start --set rewards=true"
 )
 _SERVE_TEXT = """Serve exported models, or models of a run, until Ctrl-C.
 
-MODEL is a folder that `ctrlray export` wrote, or a run's name, path or URI; with --config the file may name them. Without
---policy one key is made and printed, and only this machine can connect."""
+MODEL is a folder that `ctrlray export` wrote, or a run's name, path or URI; with --config the file may name them, and --demo is
+one that needs no run. Without --policy one key is made and printed, and only this machine can connect."""
 
 
 @_command(_serve, "run", _SERVE_TEXT, _SERVE)
+@_demo_option
 @click.option("--config", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A file of settings.")
 @click.option("--method", "methods", multiple=True, help="Of a run, a trained objective, or `start`; repeatable.")
 @click.option("--policy", type=click.Path(dir_okay=False), help="The operator's policy file.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at.")
-@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535))
+@click.option("--port", default=8000, show_default=True, type=click.IntRange(1, 65535), help="Port to listen at.")
 @click.option("--set", "overrides", multiple=True, metavar="A.B=C", help="Override a setting (replicas.max=2); repeatable.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
 @click.argument("models", metavar="MODEL", nargs=-1, shell_complete=_complete_run)
 def _serve_run(
+    demo: bool,
     file: Path | None,
     methods: tuple[str, ...],
     policy: str | None,
@@ -592,8 +642,10 @@ def _serve_run(
 ) -> None:
     from ctrlray.serve.command import serve_until_stopped, settings_of
 
+    _check_demo(demo, models)
     try:
-        serve_until_stopped(settings_of(file, models, methods, policy, overrides), host, port)
+        named = (_demo_folder(),) if demo else models
+        serve_until_stopped(settings_of(file, named, methods, policy, overrides), host, port)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -609,26 +661,29 @@ def _serve_key() -> None:
 
 
 _CHAT = (
+    "ctrlray chat --demo --level safety=3\n"
     "ctrlray chat http://127.0.0.1:8000 --key ck-...\n"
-    "ctrlray chat quickstart --level safety=5\n"
+    "ctrlray chat quickstart --level safety=3\n"
     "echo 'What is a lease?' | ctrlray chat http://127.0.0.1:8000"
 )
-_CHAT_TEXT = """Chat in the terminal: /safety 5 turns the dial, /help lists commands.
+_CHAT_TEXT = """Chat in the terminal: /safety 3 turns the dial, /help lists commands.
 
-TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end. From a pipe,
-each line is a message."""
+TARGET is the URL of a running server, or a model folder or run, for which one is started and stopped at the end; --demo stands
+for one that needs no run. From a pipe, each line is a message."""
 
 
 @_command(main, "chat", _CHAT_TEXT, _CHAT)
+@_demo_option
 @click.option("--key", envvar="CTRLRAY_API_KEY", default="", show_envvar=True, help="Key of a running server.")
 @click.option("--model", help="A name that the server lists; its first when left out.")
 @click.option("--level", "levels", multiple=True, metavar="NAME=LEVEL", help="Where the dial begins; repeatable.")
 @click.option("--system", help="A system message.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer.")
-@click.option("--temperature", type=click.FloatRange(0, 2))
+@click.option("--temperature", type=click.FloatRange(0, 2), help="Of sampling; the server's own when left out.")
 @click.option("--debug", is_flag=True, help="Print the traceback of an error.")
-@click.argument("target", shell_complete=_complete_run)
+@click.argument("target", required=False, shell_complete=_complete_run)
 def _chat(
+    demo: bool,
     key: str,
     model: str | None,
     levels: tuple[str, ...],
@@ -636,14 +691,18 @@ def _chat(
     max_tokens: int | None,
     temperature: float | None,
     debug: bool,
-    target: str,
+    target: str | None,
 ) -> None:
     from ctrlray.serve import terminal
+
+    _check_demo(demo, [target] if target else [])
+    if target is None and not demo:
+        raise click.UsageError("name a TARGET, or give --demo for the dial that ctrlray brings along")
 
     settings = {"max_tokens": max_tokens, "temperature": temperature}
     given = {name: value for name, value in settings.items() if value is not None}
     try:
-        sys.exit(terminal.run(target, key, model, levels, system, given))
+        sys.exit(terminal.run(target or _demo_folder(), key, model, levels, system, given))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -673,9 +732,10 @@ def _doctor() -> None:
     sys.exit(1 if any(c.state == "error" for c in found) else 0)
 
 
-_BENCH_TEXT = """Measure ctrlray beside its peers: generation, scoring, training, PPO, serving, the whole pipeline.
+_BENCH_TEXT = """Measure ctrlray beside its peers (generation, scoring, training, PPO, serving), the whole pipeline, and scale.
 
-Runs what fits this machine, or the benchmarks named; prints ratios and stores them as JSON. Needs a clone of the repository."""
+Runs what fits this machine, or the benchmarks named; prints figures, stores them as JSON, and writes docs/performance.md. Needs a
+clone of the repository."""
 _BENCH = "ctrlray bench --list\nctrlray bench generation pipeline"
 
 
@@ -689,7 +749,7 @@ def _bench(names: tuple[str, ...], lists: bool) -> None:
         sys.exit(bench.run(names, lists))
 
 
-@main.group("runs")
+@main.group("runs", cls=_Group, examples="ctrlray runs list\nctrlray runs show quickstart\nctrlray runs clean quickstart")
 def _runs() -> None:
     """Runs on storage. NAME is a run's name in the user's data directory, a path, or a URI."""
 
@@ -715,7 +775,7 @@ def _runs_show(name: str) -> None:
         storage = runs.locate(name)
         manifest = storage.read_json("manifest.json") if storage.exists("manifest.json") else {"stages": {}}
         click.echo(f"{storage.uri}  {manifest.get('job', '')}  {manifest.get('job_hash', '')}")
-        for line in accounts(manifest["stages"]):
+        for line in accounts(manifest["stages"], reasons=True):
             click.echo(line)
         if left := runs.stale(storage):
             click.echo(f"\n{len(left)} outputs of other settings; `ctrlray runs clean {name}` deletes them")
@@ -765,7 +825,12 @@ def _runs_clean(name: str, everything: bool, yes: bool) -> None:
         click.echo(f"freed {runs.clean(storage, everything) / 2**20:.1f} MiB")
 
 
-@main.group("annotate")
+@main.group(
+    "annotate",
+    cls=_Group,
+    examples="ctrlray annotate export quickstart --out /data/study\n"
+    "ctrlray annotate import /data/study/key.json ratings-*.csv --out /data/study/found",
+)
 def _annotate() -> None:
     """Human studies: raters compare pairs of a run's answers without knowing what was asked for."""
 
@@ -780,8 +845,8 @@ _ANNOTATE_EXPORT = (
 @_command(_annotate, "export", "Write a blind sheet of pairs for raters, and its key.", _ANNOTATE_EXPORT)
 @click.argument("run_or_job", shell_complete=_complete_run)
 @click.option("--out", required=True, help="Folder or URI for the raters' files and the key.")
-@click.option("--source", type=click.Choice(["grid", "pool"]), default="grid", help="Evaluated answers, or training rows.")
-@click.option("--method", "methods", multiple=True, help="Whose answers of the grid; repeatable. The exported objective's.")
+@click.option("--source", type=click.Choice(["grid", "pool"]), default="grid", help="Evaluated answers (grid) or training rows.")
+@click.option("--method", "methods", multiple=True, help="Whose answers; the exported objective's when left out; repeatable.")
 @click.option("--prompts", default="", help="A prompt set of the evaluation; the run's own held-out prompts when left out.")
 @click.option("--items", type=click.IntRange(min=1), default=60, show_default=True, help="How many pairs.")
 @click.option("--pairs", "which", type=click.Choice(["any", "ends"]), default="any", help="ends: lowest against highest level.")
@@ -831,4 +896,5 @@ def _readable_errors() -> Iterator[None]:
     except CtrlRayError as error:
         _fail(error, False)
     except OSError as error:
-        _fail(StorageError(f"{error}. Check the storage and its credentials, then run the same command again"), False)
+        other = StorageError(f"{error}. Check the storage and its credentials, then run the same command again")
+        _fail(_disk_error(error) or other, False)

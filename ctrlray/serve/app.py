@@ -20,6 +20,7 @@ from ctrlray.serve.bypass import refuse_bypass, refuse_open
 from ctrlray.serve.catalog import Catalog, Entry, environment, resolve
 from ctrlray.serve.desk import Desk
 from ctrlray.serve.ingress import Ingress, rooms
+from ctrlray.serve.limits import UNSEEN_S
 from ctrlray.serve.policy import Policy
 from ctrlray.serve.rewards import RewardServer
 from ctrlray.serve.server import DialServer
@@ -47,12 +48,13 @@ def application(settings: ServeSettings, catalog: Catalog, policy: Policy | None
     rewards = [_reward(settings, r, i) for i, r in enumerate(catalog.rewards_of.rewards)] if catalog.rewards_of else []
     several = settings.ingress.replicas > 1
     shared = serve.deployment(Desk, max_ongoing_requests=_DESK_AT_ONCE, ray_actor_options=_actor(0.05))
-    desk = shared.bind(rooms(settings, catalog)) if several else None
+    desk = shared.bind(rooms(settings, catalog), UNSEEN_S) if several else None
     ingress = serve.deployment(
         Ingress,
         num_replicas=settings.ingress.replicas,
         max_ongoing_requests=100_000,  # what waits is bounded by the desk, which says so properly
         health_check_period_s=_HEALTH_PERIOD_S,
+        graceful_shutdown_timeout_s=settings.drain_s,
         ray_actor_options=_actor(settings.ingress.cpus),
     )
     return ingress.bind(settings, catalog, policy, engines, rewards, desk)
@@ -80,6 +82,7 @@ def _engine(settings: ServeSettings, entry: Entry, num_models: int) -> Any:
         deployment_config={
             "ray_actor_options": {"num_cpus": 0},  # the bundle has them
             "health_check_period_s": _HEALTH_PERIOD_S,
+            "graceful_shutdown_timeout_s": settings.drain_s,
             **_scaling(settings),
         },
         experimental_configs={"stream_batching_interval_ms": 0},  # DialServer sends the first token at once
@@ -99,8 +102,13 @@ def _scaling(settings: ServeSettings) -> dict[str, Any]:
 
 def _reward(settings: ServeSettings, reward: config.Reward, number: int) -> Any:
     size = settings.scorers
-    options = _actor(size.cpus) | {"num_gpus": size.gpus}
-    made = serve.deployment(RewardServer, name=f"RewardServer:{number}", num_replicas=size.replicas, ray_actor_options=options)
+    made = serve.deployment(
+        RewardServer,
+        name=f"RewardServer:{number}",
+        num_replicas=size.replicas,
+        graceful_shutdown_timeout_s=settings.drain_s,
+        ray_actor_options=_actor(size.cpus) | {"num_gpus": size.gpus},
+    )
     return made.bind(reward)
 
 

@@ -22,6 +22,17 @@ def refuse_bypass() -> None:
             raise ConfigError(f"{name}={os.environ[name]}: {what}, past the policy. Unset it, on every node")
 
 
+def refuse_tokenless() -> None:
+    """Raise ConfigError in a process of a Ray that asks nobody for a token: its replicas listen on every interface."""
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        raise ConfigError(
+            "this Ray has no token (RAY_AUTH_MODE), and replicas listen for Ray's own calls on every interface: anybody would "
+            "get past the policy. Make one with `ray get-auth-token --generate` and set RAY_AUTH_MODE=token on every node"
+        )
+
+
 def is_loopback(host: str | None) -> bool:
     """Whether only this machine can reach a server that listens there."""
     if host in (None, ""):

@@ -16,6 +16,7 @@ from pyarrow import fs
 
 from ctrlray import config, models, pipeline, runs
 from ctrlray.errors import ConfigError
+from ctrlray.serve import transport
 from ctrlray.serve.dial import Dial
 from ctrlray.serve.settings import NAME, ServeSettings, Source
 from ctrlray.stages.export import CARD, START
@@ -171,4 +172,5 @@ def _scales(run: pipeline.Run) -> dict[str, Any]:
 
 def environment() -> dict[str, str]:
     """What replicas need of this process's environment."""
-    return {name: os.environ[name] for name in ("PYTHONPATH", "XDG_CACHE_HOME", "XDG_DATA_HOME") if name in os.environ}
+    own = {name: os.environ[name] for name in ("PYTHONPATH", "XDG_CACHE_HOME", "XDG_DATA_HOME") if name in os.environ}
+    return own | transport.environment()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -16,14 +17,21 @@ from ctrlray import config
 from ctrlray.errors import ConfigError
 from ctrlray.quiet import quiet_ray
 from ctrlray.serve.bypass import refuse_bypass, refuse_open
+from ctrlray.serve.dial import check_policy
+from ctrlray.serve.policy import PolicyFile
 from ctrlray.serve.settings import ServeSettings
+
+DRAIN_S = 5.0
+"""Of a server in a terminal, whose Ctrl-C should not take minutes because somebody reads a stream."""
+LOOK_S = 1.0
+"""Between looks at the policy file."""
 
 
 def settings_of(
     file: Path | None, models: Sequence[str], methods: Sequence[str], policy: str | None, overrides: Sequence[str]
 ) -> ServeSettings:
     """The file's settings, then what stands in the command. Raises ConfigError."""
-    raw: dict[str, Any] = config.read_job(file, what="settings file") if file else {}
+    raw: dict[str, Any] = {"drain_s": DRAIN_S} | (config.read_job(file, what="settings file") if file else {})
     if models:
         raw["models"] = [{"model": m} | ({"methods": list(methods)} if methods else {}) for m in models]
     elif methods:
@@ -52,7 +60,7 @@ def started(settings: ServeSettings) -> Iterator[tuple[str, str]]:
     try:
         yield f"http://127.0.0.1:{port}", key or ""
     finally:
-        launch.stop()
+        launch.stop(settings.drain_s)
 
 
 def _end(signum: int, frame: FrameType | None) -> None:
@@ -67,13 +75,33 @@ def serve_until_stopped(settings: ServeSettings, host: str, port: int) -> None:
     click.echo("starting; an engine takes about a minute")
     from ctrlray.serve import launch
 
+    file = _policy_file(settings)
     key = launch.run(settings, host, port, config.Cluster())
     signal.signal(signal.SIGTERM, _end)  # Ray has set its own, which ends the process at once
     click.echo(f"ready    http://{host}:{port}/v1    (playground at http://{host}:{port}/, API at http://{host}:{port}/docs)")
     if key:
         click.echo(f"key      {key}")
     try:
-        signal.pause()
+        _wait(file)
     finally:
         click.echo("stopping")
-        launch.stop()
+        launch.stop(settings.drain_s)
+
+
+def _policy_file(settings: ServeSettings) -> PolicyFile | None:
+    """The policy file as the ingress reads it, which says in this terminal what the ingress says in its log."""
+    if settings.policy is None:
+        return None
+    from ctrlray.serve.catalog import resolve
+
+    dials = {e.name: e.dial for e in resolve(settings).entries}
+    say = lambda text: click.echo(f"policy   {text}", err=True)  # noqa: E731
+    return PolicyFile(Path(settings.policy), lambda policy: check_policy(policy, dials), say)
+
+
+def _wait(file: PolicyFile | None) -> None:
+    """Until a signal ends it."""
+    while file is not None:
+        time.sleep(LOOK_S)
+        _ = file.policy
+    signal.pause()

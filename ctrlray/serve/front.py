@@ -8,18 +8,22 @@ Nothing here knows HTTP, Ray or vLLM.
 
 from __future__ import annotations
 
+import asyncio
 import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 
 from ctrlray.serve.api import ChatRequest, CompletionRequest, Sampled, ScoreRequest
+from ctrlray.serve.aside import aside
 from ctrlray.serve.desk import Counts, Outcome
 from ctrlray.serve.dial import Setting
-from ctrlray.serve.limits import Asked
+from ctrlray.serve.limits import Asked, Wait
 from ctrlray.serve.policy import Key, Policy
 from ctrlray.serve.prompts import turns_of
-from ctrlray.serve.refusal import Refusal
+from ctrlray.serve.refusal import OVER_LIMIT, Refusal
 from ctrlray.serve.served import Judge, Served, achieved
 from ctrlray.serve.translate import Head, Json, order
 from ctrlray.serve.work import LEFT, Work
@@ -30,13 +34,27 @@ DEFAULT_COMPLETION_TOKENS = 16
 
 
 class Front:
-    """All models behind one policy."""
+    """All models behind one policy. `problem` says why the policy file is not in force, and is empty when it is."""
 
-    def __init__(self, models: Sequence[Served], policy: Callable[[], Policy], desk: Counts, judge: Judge | None) -> None:
+    def __init__(
+        self,
+        models: Sequence[Served],
+        policy: Callable[[], Policy],
+        desk: Counts,
+        judge: Judge | None,
+        problem: Callable[[], str] = lambda: "",
+    ) -> None:
         self._models = {m.name: m for m in models}
         self._policy = policy
         self.desk = desk
         self.judge = judge
+        self._registry = CollectorRegistry()
+        broken = Gauge(
+            "ctrlray_policy_file_broken",
+            "1 while the policy file cannot be used and the policy of before stays in force",
+            registry=self._registry,
+        )
+        broken.set_function(lambda: float(bool(problem())))
 
     def caller(self, authorization: str | None) -> Key:
         """Whose `Authorization: Bearer` header this is. Raises a Refusal."""
@@ -50,6 +68,12 @@ class Front:
     def open_metrics(self) -> bool:
         """Whether /metrics needs no key."""
         return self._policy().metrics == "open"
+
+    async def metrics(self, key: Key | None) -> bytes:
+        """Prometheus text. Raises a Refusal for a key that may not read it."""
+        if not (self.open_metrics or (key is not None and key.metrics)):
+            raise Refusal(403, "your key may not read /metrics, which is about all keys; the policy needs `metrics: true` for it")
+        return await self.desk.metrics() + generate_latest(self._registry)
 
     def models(self, key: Key) -> list[Served]:
         """What a key may use."""
@@ -84,7 +108,7 @@ class Front:
         if not key.completions:
             raise Refusal(403, "your key may not use /v1/completions, which knows no dial; use /v1/chat/completions")
         served = self.model(request.model, key)
-        _check(request, key, served, request.n)
+        _check(request, key, served, request.n * len(request.prompts))
         ids = await served.prompts.plain(request.prompts)
         room = served.prompts.max_context - max(map(len, ids))
         limit = _longest(request.max_tokens, key, room, DEFAULT_COMPLETION_TOKENS)
@@ -105,6 +129,9 @@ class Front:
             status = 200
         except Refusal as refusal:
             status = refusal.status
+            raise
+        except Exception:
+            status = 500
             raise
         finally:
             spent_s = time.monotonic() - begun_s
@@ -167,17 +194,30 @@ class Front:
         return Work(asked, head, request, order(request, prompts, limit, ticket), served, self.desk, tokens, clamped)
 
     async def _admit(self, asked: Asked) -> None:
-        wait = await self.desk.admit(asked)
+        admission = asyncio.ensure_future(self.desk.admit(asked))
+        try:
+            wait = await asyncio.shield(admission)
+        except asyncio.CancelledError:  # the caller left, and the desk may have given a place, or be about to
+            aside(self._give_back(admission, asked))
+            raise
         if wait is not None and not wait.retry_after_s:
             raise Refusal(403, wait.message)
         if wait is not None:
-            raise Refusal(429, wait.message, code="rate_limit_exceeded", retry_after_s=wait.retry_after_s)
+            code = OVER_LIMIT if wait.of_key else "queue_full"
+            raise Refusal(429, wait.message, code=code, retry_after_s=wait.retry_after_s)
+
+    async def _give_back(self, admission: Awaitable[Wait | None], asked: Asked) -> None:
+        if await admission is None:  # one that ends with an error holds nothing
+            await self.desk.settle(Outcome(asked.ticket, asked.key.name, asked.model, LEFT, {}, 0, 0, 0.0, None))
 
 
 def _check(request: Sampled, key: Key, served: Served, choices: int) -> None:
+    """`choices`: answers in all, candidates and those of every prompt among them."""
     if choices > key.choices:
-        field = "n" if choices == request.n else "candidates"
-        raise Refusal(403, f"{field}={choices} is above the {key.choices} choices that your key may have", field)
+        prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
+        field = "n" if choices == request.n * prompts else "candidates"
+        what = f"{field}={choices}" if prompts == 1 else f"{field}={request.n} of {prompts} prompts, {choices} answers,"
+        raise Refusal(403, f"{what} is above the {key.choices} choices that your key may have", field)
     if request.seed is not None and not served.seeds:
         raise Refusal(400, "seed is not supported by this model's CPU engine; leave it out", "seed")
 

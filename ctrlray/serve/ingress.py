@@ -8,7 +8,7 @@ from typing import Any
 
 from ray import serve
 
-from ctrlray.serve.bypass import refuse_bypass
+from ctrlray.serve.bypass import refuse_bypass, refuse_tokenless
 from ctrlray.serve.catalog import Catalog, Entry
 from ctrlray.serve.desk import Desk
 from ctrlray.serve.dial import check_policy
@@ -37,19 +37,20 @@ class Ingress:
         desk: Any,
     ) -> None:
         refuse_bypass()  # in the cluster's own environment too
+        refuse_tokenless()
         self._settings = settings
         dials = {e.name: e.dial for e in catalog.entries}
         if policy is None:
             assert settings.policy is not None
             file = PolicyFile(Path(settings.policy), lambda p: check_policy(p, dials))
-            current = lambda: file.policy  # noqa: E731
+            current, problem = (lambda: file.policy), (lambda: file.problem)
         else:
-            current = lambda: policy  # noqa: E731
+            current, problem = (lambda: policy), (lambda: "")
         models = [self._served(e, engines[e.name]) for e in catalog.entries]
         counts = RemoteDesk(desk) if desk is not None else Desk(rooms(settings, catalog))
         run, timeout_s = catalog.rewards_of, settings.ingress.answer_timeout_s
         judge = RewardJudge(rewards, run.control, catalog.scales, timeout_s) if run else None
-        self._front = Front(models, current, counts, judge)
+        self._front = Front(models, current, counts, judge, problem)
 
     def _served(self, entry: Entry, handle: Any) -> Served:
         from transformers import AutoTokenizer
@@ -61,7 +62,8 @@ class Ingress:
 
     async def __serve_build_asgi_app__(self) -> App:
         """Called by Ray Serve after the constructor."""
-        return create_app(self._front, self._settings.ingress.max_body_bytes, self._settings.ingress.body_timeout_s)
+        own = self._settings.ingress
+        return create_app(self._front, own.max_body_bytes, own.body_timeout_s, own.max_held_bytes)
 
 
 def rooms(settings: ServeSettings, catalog: Catalog) -> dict[str, int]:

@@ -16,6 +16,7 @@ import hmac
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
@@ -27,6 +28,10 @@ from ctrlray.errors import ConfigError
 
 Count = Annotated[int, Field(ge=1)]
 _LOG = logging.getLogger(__name__)
+SETTLED_S = 1.0
+"""A policy file that changed less than this ago may still be being written, and is not read yet."""
+AGAIN_S = 30.0
+"""Between tries to read one that is not in force."""
 _PREFIX = "ck-"
 _BYTES = 32
 
@@ -60,9 +65,11 @@ class Key(Frozen):
     concurrent: Count | None = None
     """Requests at once, streams among them."""
     choices: Annotated[int, Field(ge=1, le=128)] = 16
-    """Largest `n` of a request, and most candidates of a reranked answer."""
+    """Most answers of one request: its `n` for each of its prompts, and the candidates of a reranked answer."""
     completions: bool = False
     """Whether it may use /v1/completions, which knows no dial."""
+    metrics: bool = False
+    """Whether it may read /metrics, which shows the names and the traffic of all keys."""
 
 
 class Policy(Frozen):
@@ -70,7 +77,7 @@ class Policy(Frozen):
 
     keys: Annotated[tuple[Key, ...], Field(min_length=1)]
     metrics: Literal["key", "open"] = "key"
-    """Who may read /metrics: callers with any key, or everybody."""
+    """Who may read /metrics: keys with `metrics: true`, or everybody."""
 
     @field_validator("keys")
     @classmethod
@@ -104,7 +111,7 @@ def hashed(key: str) -> str:
 def local_policy() -> tuple[str, Policy]:
     """One new key that may do everything, and the policy that knows it."""
     key, digest = mint()
-    return key, Policy(keys=(Key(name="local", hash=digest, completions=True, choices=128),))
+    return key, Policy(keys=(Key(name="local", hash=digest, completions=True, choices=128, metrics=True),))
 
 
 def read_policy(path: Path) -> Policy:
@@ -113,13 +120,26 @@ def read_policy(path: Path) -> Policy:
 
 
 class PolicyFile:
-    """A policy file that is read again when it changes; one that got broken leaves the last good policy in force."""
+    """A policy file that is read again when it changes; one that got broken leaves the last good policy in force.
 
-    def __init__(self, path: Path, check: Callable[[Policy], None] = lambda policy: None) -> None:
+    `say` is told when that happens, and when the file is good again.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        check: Callable[[Policy], None] = lambda policy: None,
+        say: Callable[[str], None] = _LOG.warning,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
         self._path = path
         self._check = check
-        self._seen = self._stamp()
+        self._say = say
+        self._clock = clock
+        self._taken = self._last = self._stamp()
+        self._last_s = clock()
         self._policy = self._read()
+        self._tried_s = self._last_s
         self.problem = ""
         """Why the file as it is now is not in force; empty when it is."""
 
@@ -127,24 +147,46 @@ class PolicyFile:
     def policy(self) -> Policy:
         """What is in force now."""
         stamp = self._stamp()
-        if stamp != self._seen:
-            self._seen = stamp
-            try:
-                self._policy, self.problem = self._read(), ""
-            except ConfigError as error:
-                self.problem = str(error)
-                _LOG.error("the policy of before stays in force: %s", error)
+        if stamp != self._last:
+            self._last, self._last_s = stamp, self._clock()
+        if stamp != self._taken and self._unchanged_s() >= SETTLED_S:
+            self._taken = stamp
+            self._take()
+        elif self.problem and stamp == self._taken and self._clock() - self._tried_s >= AGAIN_S:  # storage may be well again
+            self._take()
         return self._policy
+
+    def _take(self) -> None:
+        before, self._tried_s = self.problem, self._clock()
+        try:
+            self._policy, self.problem = self._read(), ""
+        except ConfigError as error:
+            self._refuse(str(error))
+        except Exception as error:  # whatever a file makes the reader raise: requests are asking, and the gauge must tell
+            self._refuse(f"{self._path}: {type(error).__name__}: {error}")
+        if before and not self.problem:
+            self._say(f"the policy file is in force again: {self._path}")
+
+    def _refuse(self, problem: str) -> None:
+        if problem == self.problem:
+            return
+        self.problem = problem
+        self._say(f"the policy file is not in force, the policy of before stays: {problem}")
+
+    def _unchanged_s(self) -> float:
+        """For how long the file has been as it is: since it was seen so first, or longer by its own time."""
+        written_s = self._last[0] / 1e9
+        return self._clock() - (min(self._last_s, written_s) if written_s else self._last_s)
 
     def _read(self) -> Policy:
         policy = read_policy(self._path)
         self._check(policy)
         return policy
 
-    def _stamp(self) -> tuple[int, int, int]:
-        """Changes with the content, also of a mounted file that is a link to a link."""
+    def _stamp(self) -> tuple[int, ...]:
+        """Changes with content and rights, also of a mounted file that is a link to a link; zeros where there is no file."""
         try:
             found = os.stat(self._path)
         except OSError:
-            return (0, 0, 0)
-        return (found.st_mtime_ns, found.st_size, found.st_ino)
+            return (0, 0, 0, 0)
+        return (found.st_mtime_ns, found.st_size, found.st_ino, found.st_ctime_ns)

@@ -1,7 +1,6 @@
 """From a request's messages or text to the token ids that the engine gets, by the one renderer of `ctrlray.control`.
 
-Special tokens in text are neutralised. Beyond that, every prompt is held against what the template alone would place: another
-special id, or a control token anywhere but in the code at the end, is refused before any engine sees it.
+Special tokens in text are neutralised; text that the tokenizer reads as special all the same is refused: no engine sees it.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ import asyncio
 import copy
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 
 from ctrlray.control import Levels, Renderer
+from ctrlray.errors import DataError
 from ctrlray.schema import Message
 from ctrlray.serve.api import ChatMessage
 from ctrlray.serve.dial import Dial
@@ -24,8 +23,6 @@ from ctrlray.serve.refusal import Refusal
 T = TypeVar("T")
 _INLINE_CHARS, _INLINE_TURNS = 20_000, 64
 """What is longer is rendered beside the event loop, which would stand still for more than some milliseconds."""
-_SHAPES = 256
-"""Sequences of roles whose special ids are kept."""
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Message]:
@@ -40,8 +37,8 @@ class Prompts:
         self.coded = coded
         self.max_context = max_context
         # a tokenizer serves one thread at a time
-        self._inline = _Checked(Renderer(tokenizer, dial.space, None), coded)
-        self._beside = _Checked(Renderer(copy.deepcopy(tokenizer), dial.space, None), coded)
+        self._inline = _Refusing(Renderer(tokenizer, dial.space, None), coded)
+        self._beside = _Refusing(Renderer(copy.deepcopy(tokenizer), dial.space, None), coded)
         self._worker = ThreadPoolExecutor(1, "prompts")
         self._longest = max(len(t) for t in tokenizer.get_vocab())
 
@@ -78,50 +75,36 @@ class Prompts:
         return ids
 
 
-class _Checked:
-    """A renderer whose prompts are held against what the template places by itself."""
+class _Refusing:
+    """A renderer whose errors are refusals of the request."""
 
     def __init__(self, renderer: Renderer, coded: bool) -> None:
         self.renderer = renderer
         self._coded = coded
-        self._special_ids = frozenset(renderer.tokenizer.convert_tokens_to_ids(renderer.specials))
         self._begin = [int(i) for i in renderer.tokenizer("")["input_ids"]]
-        self._placed = lru_cache(_SHAPES)(self._place)
 
     def chat(self, turns: Sequence[Message], levels: Levels) -> list[int]:
         """A conversation's ids."""
-        ids = self._render(turns, levels)
-        shape = tuple((m["role"], bool(m["content"])) for m in turns)
-        self._check(ids, self._placed(shape, levels), "messages")
-        return ids
-
-    def plain(self, texts: Sequence[str]) -> list[list[int]]:
-        """Each text's ids."""
-        found = []
-        for text in texts:
-            ids = self.renderer.text_ids(text)
-            self._check(ids, (), "prompt")
-            if not (ids := self._begin + ids):
-                raise Refusal(400, "prompt is empty; give some text", "prompt")
-            found.append(ids)
-        return found
-
-    def _render(self, turns: Sequence[Message], levels: Levels) -> list[int]:
         try:
             return self.renderer.render(turns, levels if self._coded else None)
         except TemplateError as error:
             raise Refusal(400, f"the model's chat template does not take this conversation: {error}", "messages") from None
+        except DataError:
+            raise _special("messages") from None
 
-    def _place(self, shape: tuple[tuple[str, bool], ...], levels: Levels) -> tuple[int, ...]:
-        """Special ids that the template places for turns of these roles, with content or without."""
-        return self._specials_in(self._render([Message(role=r, content="x" * filled) for r, filled in shape], levels))
+    def plain(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's ids."""
+        try:
+            found = [self._begin + self.renderer.text_ids(text) for text in texts]
+        except DataError:
+            raise _special("prompt") from None
+        if not all(found):
+            raise Refusal(400, "prompt is empty; give some text", "prompt")
+        return found
 
-    def _specials_in(self, ids: Sequence[int]) -> tuple[int, ...]:
-        return tuple(i for i in ids if i in self._special_ids)
 
-    def _check(self, ids: Sequence[int], placed: tuple[int, ...], field: str) -> None:
-        if self._specials_in(ids) != placed:
-            raise Refusal(400, f"{field} holds text that the model's tokenizer reads as special tokens; remove it", field)
+def _special(field: str) -> Refusal:
+    return Refusal(400, f"{field} holds text that the model's tokenizer reads as special tokens; remove it", field)
 
 
 def _too_long(what: str, context: int) -> Refusal:

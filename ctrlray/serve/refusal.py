@@ -15,6 +15,10 @@ _TYPES = {
 }
 
 
+OVER_LIMIT = "rate_limit_exceeded"
+"""Code of a 429 by a limit of the caller's own key."""
+
+
 class Refusal(Exception):
     """Why a request is not answered: HTTP status, a sentence with value and next step, and the field that it is about."""
 

@@ -51,7 +51,7 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         async with contextlib.aclosing(self._work.events()) as events:
             async for event in events:
-                await send({"type": "http.response.body", "body": event.encode("utf-8", "replace"), "more_body": True})
+                await send({"type": "http.response.body", "body": event.encode("ascii"), "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from ctrlray.rewards.base import Floats
 from ctrlray.rewards.pool import RewardHost
 from ctrlray.rewards.rows import weighted
 from ctrlray.schema import Message
-from ctrlray.serve.handles import GONE
+from ctrlray.serve.handles import cancel, own_cancellation
 from ctrlray.serve.refusal import Refusal
+
+_LOG = logging.getLogger(__name__)
 
 
 class RewardServer:
@@ -24,12 +28,12 @@ class RewardServer:
     def __init__(self, reward: config.Reward) -> None:
         self._host = RewardHost(reward)
         self._host.ready()
-        self._one_at_a_time = asyncio.Lock()
+        self._thread = ThreadPoolExecutor(1)  # one at a time, also after one that nobody waits for any more
 
     async def score(self, chats: Sequence[Sequence[Message]], texts: Sequence[str]) -> tuple[dict[str, Floats], list[str]]:
         """Scores by output, NaN where there is none, and one error per answer."""
-        async with self._one_at_a_time:
-            return await asyncio.to_thread(self._host.score, chats, texts)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._host.score, chats, texts)
 
 
 class RewardJudge:
@@ -45,11 +49,17 @@ class RewardJudge:
 
     async def units(self, turns: Sequence[Message], texts: Sequence[str]) -> list[list[float]]:
         """Achieved levels of each text, in the dial's order; NaN where a reward failed."""
-        chats = [list(turns)] * len(texts)
+        chats, calls = [list(turns)] * len(texts), []
         try:
+            calls += [h.score.remote(chats, list(texts)) for h in self._handles]
             async with asyncio.timeout(self._timeout_s):
-                found = await asyncio.gather(*(h.score.remote(chats, list(texts)) for h in self._handles))
-        except (TimeoutError, *GONE) as error:
+                found = await asyncio.gather(*calls)
+        except (Exception, asyncio.CancelledError) as error:
+            for call in calls:  # nobody waits for the others any more
+                cancel(call)
+            if isinstance(error, asyncio.CancelledError) and own_cancellation():
+                raise
+            _LOG.warning("a reward did not answer: %r", error)
             raise Refusal(503, "a reward is not there; try again", code="reward_error", retry_after_s=5) from error
         columns = {name: values for scores, _ in found for name, values in scores.items()}
         return self._in_units(columns, len(texts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
@@ -15,26 +16,33 @@ from starlette.exceptions import HTTPException
 from ctrlray import __version__
 from ctrlray.serve import playground
 from ctrlray.serve.api import ChatRequest, CompletionRequest, ScoreRequest, Strict
+from ctrlray.serve.aside import aside
 from ctrlray.serve.dial import from_header
 from ctrlray.serve.front import Front
 from ctrlray.serve.guard import App, Guard, Left
 from ctrlray.serve.page import api_page
 from ctrlray.serve.policy import Key
-from ctrlray.serve.refusal import Refusal
+from ctrlray.serve.refusal import OVER_LIMIT, Refusal
 from ctrlray.serve.responses import EventStream, Reply, unless_left
 from ctrlray.serve.work import LEFT, Work
 
 PUBLIC = playground.PATHS | {"/", "/docs", "/openapi.json", "/healthz"}
 _CLIENT_ERRORS = {400: "Bad request", 401: "No valid key", 403: "Out of the key's bounds", 404: "No such model or route"}
-_LIMITS = {413: "Body too large", 429: "Too many requests; see Retry-After", 503: "No engine; see Retry-After"}
+_LIMITS = {
+    408: "Body too slow",
+    413: "Body too large",
+    429: "Too many requests; see Retry-After",
+    503: "No engine; see Retry-After",
+}
 _EXAMPLE = {"error": {"message": "…", "type": "invalid_request_error", "param": "control.safety", "code": None}}
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"description": text, "content": {"application/json": {"example": _EXAMPLE}}}
-    for status, text in (_CLIENT_ERRORS | _LIMITS).items()
+    for status, text in (_CLIENT_ERRORS | _LIMITS | {500: "An error of the server"}).items()
 }
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, or with `stream: true` its events", "content": {"text/event-stream": {}}}
 }
+CHAT, CONTROL = "/v1/chat/completions", "X-Control"
 _KIND = re.compile(r"\[|constrained|^str$")
 """Of the places that pydantic names: the kinds of a union, which are no fields."""
 _TITLE = "ctrlray"
@@ -62,7 +70,7 @@ class _Described(FastAPI):
         return found
 
 
-def create_app(front: Front, max_body_bytes: int, body_timeout_s: float) -> App:
+def create_app(front: Front, max_body_bytes: int, body_timeout_s: float, max_held_bytes: int) -> App:
     """The whole application, its guard around it."""
     app = _Described(title=_TITLE, version=__version__, description=_ABOUT, docs_url=None, redoc_url=None)
     _add_answers(app, front)
@@ -73,13 +81,20 @@ def create_app(front: Front, max_body_bytes: int, body_timeout_s: float) -> App:
     def public(path: str) -> bool:
         return path in PUBLIC or (path == "/metrics" and front.open_metrics)
 
-    return Guard(app, front.caller, public, front.desk.refused, max_body_bytes, body_timeout_s)
+    return Guard(app, front.caller, public, front.desk.refused, max_body_bytes, body_timeout_s, max_held_bytes)
 
 
 def _key(request: Request) -> Key:
     key = request.state.key
     assert isinstance(key, Key)
     return key
+
+
+def _dial(request: Request, header: str | None) -> dict[str, float | None]:
+    """The dial as the header sets it, of which there is one."""
+    if (times := len(request.headers.getlist(CONTROL))) > 1:
+        raise Refusal(400, f"{CONTROL} is there {times} times; write one, such as `safety=5, helpfulness=2`", CONTROL)
+    return from_header(header or "")
 
 
 async def _answered(request: Request, work: Work) -> Response:
@@ -103,17 +118,19 @@ async def _answered(request: Request, work: Work) -> Response:
 
 
 def _add_answers(app: FastAPI, front: Front) -> None:
-    @app.post("/v1/chat/completions", responses=ERRORS | ANSWERS, tags=["answers"])
+    @app.post(CHAT, responses=ERRORS | ANSWERS, tags=["answers"])
     async def chat_completions(
         body: ChatRequest, request: Request, x_control: Annotated[str | None, Header(max_length=1024)] = None
     ) -> Response:
         """Answer a conversation at the levels of the dial; with `stream: true` as server-sent events."""
-        work = await front.chat(body, _key(request), from_header(x_control or ""))
+        work = await front.chat(body, _key(request), _dial(request, x_control))
         return await _answered(request, work)
 
     @app.post("/v1/completions", responses=ERRORS | ANSWERS, tags=["answers"])
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue plain text. There is no dial here, so a key needs the operator's leave for it."""
+        if CONTROL in request.headers:
+            raise Refusal(400, f"plain completions take no control; leave {CONTROL} out, or use {CHAT}", CONTROL)
         return await _answered(request, await front.complete(body, _key(request)))
 
     @app.post("/v1/control/scores", responses=ERRORS, tags=["control"])
@@ -138,12 +155,13 @@ def _add_facts(app: FastAPI, front: Front) -> None:
         """Attributes, levels and defaults inside of the key's bounds, and the key's limits."""
         return Reply(front.describe(_key(request)))
 
-    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 503)}
+    refused: dict[int | str, dict[str, Any]] = {status: ERRORS[status] for status in (401, 403, 429, 503)}
 
     @app.get("/metrics", response_class=PlainTextResponse, responses=refused, tags=["operation"])
-    async def metrics() -> Response:
-        """Requests, tokens and latency by model and level, for Prometheus."""
-        return Response(await front.desk.metrics(), media_type="text/plain; version=0.0.4")
+    async def metrics(request: Request) -> Response:
+        """Requests, tokens and latency by model and level, for Prometheus; for keys that the policy marks for it."""
+        content = await front.metrics(getattr(request.state, "key", None))
+        return Response(content, media_type="text/plain; version=0.0.4")
 
     @app.get("/healthz", tags=["operation"])
     async def healthz() -> Response:
@@ -156,9 +174,14 @@ def _card(name: str) -> dict[str, Any]:
 
 
 def _add_pages(app: FastAPI) -> None:
+    @functools.cache
+    def described() -> str:
+        """Rendered once: anybody may ask for it, and it takes some milliseconds."""
+        return api_page(app.openapi())
+
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(api_page(app.openapi()))
+        return HTMLResponse(described())
 
     @app.get("/", include_in_schema=False)
     async def root() -> Response:
@@ -179,7 +202,8 @@ def _part(name: str) -> Response:
 def _add_errors(app: FastAPI, front: Front) -> None:
     async def refuse(request: Request, refusal: Refusal) -> Response:
         key = getattr(request.state, "key", None)
-        await front.desk.refused(key.name if key else "", refusal.status)
+        aside(front.desk.refused(key.name if key else "", refusal.status))
+        request.state.over_limit = refusal.code == OVER_LIMIT  # for the guard
         return Reply(refusal.body(), refusal.status, refusal.headers())
 
     @app.exception_handler(Refusal)

@@ -54,10 +54,19 @@ class Ingress(Frozen):
     answer_timeout_s: Annotated[float, Field(gt=0)] = 600.0
     """Longest wait for a whole answer, and for each next piece of a stream; then 503."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 10_000_000
+    """A request body of so many bytes, or more, is refused."""
+    max_held_bytes: Annotated[int, Field(ge=1024)] = 100_000_000
+    """What the bodies of one key's requests may have together in one replica, from their arrival to the end of their answers."""
     body_timeout_s: Annotated[float, Field(gt=0)] = 30.0
     """A request body that takes longer to arrive is given up."""
     stream_interval_ms: Annotated[float, Field(ge=0)] = 100.0
     """Tokens that come within this time after a message travel in one; the first is sent at once. Many streams wait longer."""
+
+    @model_validator(mode="after")
+    def _one_fits(self) -> Ingress:
+        if self.max_held_bytes < self.max_body_bytes:
+            raise ValueError(f"max_held_bytes={self.max_held_bytes} is less than max_body_bytes={self.max_body_bytes}; raise it")
+        return self
 
 
 class Scorers(Frozen):
@@ -80,6 +89,9 @@ class ServeSettings(Frozen):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_context: Annotated[int, Field(ge=64)] | None = None
     """Longest prompt plus answer in tokens; the run's, or what the model takes, when unset."""
+    drain_s: Annotated[float, Field(ge=0)] = 300.0
+    """Longest wait for the answers that a replica is giving when it ends: after scaling down, a new deployment, or a stop.
+    `ctrlray serve` waits 5 s unless told otherwise."""
     engine: EngineSettings = EngineSettings(max_num_seqs=64)
     replicas: Replicas = Replicas()
     ingress: Ingress = Ingress()

@@ -5,6 +5,7 @@ vLLM is asked for a plain completion, because the prompt is rendered before it g
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,15 +58,15 @@ class Head:
         return {"id": self.request_id, "object": kind, "created": self.created, "model": self.model} | rest
 
 
-def check(answer: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The engine's answer, unless it is an error: then a Refusal that says what the engine said."""
+def error_of(answer: Mapping[str, Any]) -> Refusal | None:
+    """What an engine's answer that is an error means to the caller; None for an answer."""
     error = answer.get("error")
     if error is None:
-        return answer
+        return None
     status = error.get("code") if isinstance(error.get("code"), int) else 500
     if 400 <= status < 500:
-        raise Refusal(status, str(error.get("message", "the engine refused the request")), error.get("param"))
-    raise Refusal(503, "the engine failed at this request; try again", code="engine_error", retry_after_s=1)
+        return Refusal(status, str(error.get("message", "the engine refused the request")), error.get("param"))
+    return Refusal(503, "the engine failed at this request; try again", code="engine_error", retry_after_s=1)
 
 
 def chat_reply(head: Head, choices: Sequence[Json], usage: Json, request: ChatRequest, token: Callable[[int], str]) -> Json:
@@ -80,21 +81,40 @@ def chat_reply(head: Head, choices: Sequence[Json], usage: Json, request: ChatRe
         | ({"achieved": c["achieved"]} if "achieved" in c else {})
         for i, c in enumerate(choices)
     ]
-    return head.of("chat.completion", control=dict(head.control or {}), choices=made, usage=_usage(usage))
+    return head.of("chat.completion", control=dict(head.control or {}), choices=made, usage=counted(usage))
 
 
 def completion_reply(head: Head, choices: Sequence[Json], usage: Json) -> Json:
     """A whole plain completion."""
-    return head.of(PLAIN, choices=[_plain_choice(c) for c in choices], usage=_usage(usage))
+    return head.of(PLAIN, choices=plain_choices(choices), usage=counted(usage))
 
 
-def openers(head: Head, n: int) -> list[Json]:
+class Events:
+    """Server-sent events of one stream, in ASCII: clients that read lines take characters beyond it for their ends.
+
+    What stands at the top of every chunk is written once.
+    """
+
+    def __init__(self, head: Head, kind: str) -> None:
+        self._top = json.dumps(head.of(kind)).removesuffix("}")
+
+    def chunk(self, choices: Sequence[Json], **rest: Any) -> str:
+        """One chunk; `rest` stands between head and choices."""
+        return f"data: {self._top}, {json.dumps(rest | {'choices': choices})[1:]}\n\n"
+
+
+def event(value: Json) -> str:
+    """What is no chunk, an error, as a server-sent event."""
+    return f"data: {json.dumps(value)}\n\n"
+
+
+def openers(head: Head, n: int, events: Events) -> list[str]:
     """The first chunk of each choice: the role, and the levels in force."""
     role, control = {"role": "assistant", "content": ""}, dict(head.control or {})
-    return [head.of(CHAT_CHUNK, control=control, choices=[_delta(i, role)]) for i in range(n)]
+    return [events.chunk([_delta(i, role)], control=control) for i in range(n)]
 
 
-def chat_chunk(head: Head, choices: Sequence[Json], request: ChatRequest, token: Callable[[int], str]) -> Json:
+def chat_choices(choices: Sequence[Json], request: ChatRequest, token: Callable[[int], str]) -> list[Json]:
     """What follows of an answer."""
     made = []
     for c in choices:
@@ -102,29 +122,21 @@ def chat_chunk(head: Head, choices: Sequence[Json], request: ChatRequest, token:
         if request.logprobs:
             piece["logprobs"] = _chat_logprobs(c, request, token)
         made.append(piece | ({"achieved": c["achieved"]} if "achieved" in c else {}))
-    return head.of(CHAT_CHUNK, choices=made)
+    return made
 
 
-def completion_chunk(head: Head, choices: Sequence[Json]) -> Json:
-    """What follows of a plain completion."""
-    return head.of(PLAIN, choices=[_plain_choice(c) for c in choices])
+def plain_choices(choices: Sequence[Json]) -> list[Json]:
+    """What follows of a plain completion, or the whole of it."""
+    return [{name: c.get(name) for name in ("index", "text", "logprobs", "finish_reason")} for c in choices]
 
 
-def usage_chunk(head: Head, kind: str, usage: Json) -> Json:
-    """The last chunk of a stream that asked for it."""
-    return head.of(kind, choices=[], usage=_usage(usage))
+def counted(usage: Mapping[str, Any]) -> Json:
+    """Tokens used."""
+    return {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
 
 def _delta(index: int, delta: Json, finish_reason: str | None = None) -> Json:
     return {"index": index, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-
-
-def _plain_choice(choice: Json) -> Json:
-    return {name: choice.get(name) for name in ("index", "text", "logprobs", "finish_reason")}
-
-
-def _usage(usage: Json) -> Json:
-    return {name: int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
 
 
 def _chat_logprobs(choice: Json, request: ChatRequest, token: Callable[[int], str]) -> Json | None:

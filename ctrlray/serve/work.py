@@ -20,15 +20,17 @@ from ctrlray.serve.served import Judge, Served, achieved
 from ctrlray.serve.translate import (
     CHAT_CHUNK,
     PLAIN,
+    Events,
     Head,
     Json,
-    chat_chunk,
+    chat_choices,
     chat_reply,
-    check,
-    completion_chunk,
     completion_reply,
+    counted,
+    error_of,
+    event,
     openers,
-    usage_chunk,
+    plain_choices,
 )
 
 _LOG = logging.getLogger(__name__)
@@ -62,6 +64,9 @@ class Work:
     _batches: AsyncGenerator[list[str], None] | None = None
     _first: list[Json] = field(default_factory=list)
     _spent: dict[int, int] = field(default_factory=dict)
+    _ended: set[int] = field(default_factory=set)
+    """Choices of a stream that have come to their end."""
+    _asked_whole: bool = False
     _closed: bool = False
     _begun_s: float = field(default_factory=time.monotonic)
     _first_token_s: float | None = None
@@ -92,27 +97,36 @@ class Work:
             return
         self._batches = self.served.engine.answer(self.order)
         async for batch in self._batches:
-            self._first = self._read(batch)
+            self._first, problem = self._read(batch)
+            if problem is not None:
+                raise problem
             return
+        raise Refusal(503, "the engine gave no answer; try again", code="engine_error", retry_after_s=1)
 
     async def events(self) -> AsyncGenerator[str, None]:
         """Server-sent events; an error on the way is the last one before the end."""
+        stream = Events(self.head, CHAT_CHUNK if isinstance(self.request, ChatRequest) else PLAIN)
+        last = ""
         try:
-            yield self._written(self._first, opening=True)
+            yield "".join(self._openers(stream)) + self._written(self._first, stream)
             if self._batches is not None:
                 async for batch in self._batches:
-                    yield self._written(self._read(batch))
+                    docs, problem = self._read(batch)
+                    if text := self._written(docs, stream):
+                        yield text
+                    if problem is not None:
+                        raise problem
+                self._check_ended()
             if self.request.wants_usage:
-                kind = CHAT_CHUNK if isinstance(self.request, ChatRequest) else PLAIN
-                yield _event(usage_chunk(self.head, kind, self._usage()))
+                last = stream.chunk([], usage=counted(self._usage()))
         except Refusal as refusal:
             self.status = refusal.status
-            yield _event(refusal.body())
+            last = event(refusal.body())
         except Exception:
             _LOG.exception("a stream ended with an error")
             self.status = 500
-            yield _event(Refusal(500, "the answer broke off by an error of the server").body())
-        yield _DONE
+            last = event(Refusal(500, "the answer broke off by an error of the server").body())
+        yield last + _DONE
 
     async def close(self, status: int | None = None) -> None:
         """Give back what was not taken, and count; once, whatever follows."""
@@ -121,25 +135,37 @@ class Work:
         self._closed = True
         if self._batches is not None:
             await self._batches.aclose()  # an engine stops where nobody listens
+        status = status or self.status
         outcome = Outcome(
             ticket=self.asked.ticket,
             key=self.asked.key.name,
             model=self.asked.model,
-            status=status or self.status,
+            status=status,
             levels=self.head.control or {},
             prompt_tokens=self.prompt_tokens,
             completion_tokens=sum(self._spent.values()),
             seconds=time.monotonic() - self._begun_s,
             first_token_s=self._first_token_s if self.request.stream else None,
+            uncounted_tokens=self._uncounted(status),
         )
         await self.desk.settle(outcome)
+
+    def _uncounted(self, status: int) -> int:
+        """All that was set aside for an answer which was left, or whose engine ended, before anybody could count its tokens."""
+        if self._asked_whole and not self._spent and status in (LEFT, 503):
+            return self.asked.tokens - self.prompt_tokens
+        return 0
 
     async def _choices(self) -> tuple[list[Json], Json]:
         """All choices of an answer that is not streamed, best first where rewards choose, and its usage."""
         found: list[Json] = []
+        self._asked_whole = True
         async with aclosing(self.served.engine.answer(self.order)) as batches:
             async for batch in batches:
-                found += self._read(batch)
+                docs, problem = self._read(batch)
+                if problem is not None:
+                    raise problem
+                found += docs
         if len(found) != 1:
             raise Refusal(503, "the engine gave no answer; try again", code="engine_error", retry_after_s=1)
         choices = list(found[0]["choices"])
@@ -153,15 +179,25 @@ class Work:
         kept = nearest_first(units, levels)[: self.request.n]
         return [choices[i] | {"index": place, "achieved": achieved(self.served.dial, units[i])} for place, i in enumerate(kept)]
 
-    def _read(self, batch: Sequence[str]) -> list[Json]:
-        docs = [json.loads(text) for text in batch]
-        for doc in docs:
-            check(doc)
+    def _read(self, batch: Sequence[str]) -> tuple[list[Json], Refusal | None]:
+        """What a batch holds before the engine's error, and the error."""
+        docs: list[Json] = []
+        for text in batch:
+            doc = json.loads(text)
+            if (problem := error_of(doc)) is not None:
+                return docs, problem
+            docs.append(doc)
             if self._first_token_s is None:
                 self._first_token_s = time.monotonic() - self._begun_s
             if usage := doc.get("usage"):
                 self._count(doc, int(usage.get("completion_tokens") or 0))
-        return docs
+            self._ended |= {int(c["index"]) for c in doc["choices"] if c.get("finish_reason")}
+        return docs, None
+
+    def _check_ended(self) -> None:
+        """Raises a Refusal for a stream that stopped before all of its choices did: what came of it is not the answer."""
+        if len(self._ended) < self.order["n"] * len(self.order["prompt"]):
+            raise Refusal(503, "the answer broke off: its engine stopped; try again", code="engine_error", retry_after_s=1)
 
     def _count(self, doc: Json, tokens: int) -> None:
         """Keep vLLM's counts: of one choice in its chunks, of all of them in a whole answer and in a stream's last chunk."""
@@ -174,19 +210,13 @@ class Work:
         spent = sum(self._spent.values())
         return {"prompt_tokens": self.prompt_tokens, "completion_tokens": spent, "total_tokens": self.prompt_tokens + spent}
 
-    def _written(self, docs: Sequence[Json], opening: bool = False) -> str:
-        chat = isinstance(self.request, ChatRequest)
-        chunks = openers(self.head, self.request.n) if opening and chat else []
-        for doc in docs:
-            if doc["choices"]:
-                chunks.append(self._chunk(doc["choices"]))
-        return "".join(map(_event, chunks))
+    def _openers(self, stream: Events) -> list[str]:
+        return openers(self.head, self.request.n, stream) if isinstance(self.request, ChatRequest) else []
 
-    def _chunk(self, choices: Sequence[Json]) -> Json:
+    def _written(self, docs: Sequence[Json], stream: Events) -> str:
+        return "".join(stream.chunk(self._shown(doc["choices"])) for doc in docs if doc["choices"])
+
+    def _shown(self, choices: Sequence[Json]) -> list[Json]:
         if isinstance(self.request, ChatRequest):
-            return chat_chunk(self.head, choices, self.request, self.served.prompts.token)
-        return completion_chunk(self.head, choices)
-
-
-def _event(value: Json) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+            return chat_choices(choices, self.request, self.served.prompts.token)
+        return plain_choices(choices)

@@ -101,11 +101,18 @@ export class Grid {
   }
 
   tell() {
+    if (!this.answers.length) return; // forgotten while they were answered
     for (const a of this.answers) if (a.facts.textContent === "in the queue") a.facts.textContent = "not asked";
     const failed = this.answers.filter((a) => a.failed);
     const there = this.answers.filter((a) => a.text && !a.failed).length;
     const trouble = failed.length ? ` ${failed.length} failed, the first at ${spoken(failed[0].levels)}: ${failed[0].failed.message}` : "";
     announce(`${there} of ${many(this.answers.length, "answer")} are there.${trouble}`);
+  }
+
+  forget() {
+    this.stop();
+    this.answers = [];
+    this.place.replaceChildren();
   }
 
   stop() {

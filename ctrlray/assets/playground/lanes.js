@@ -43,7 +43,7 @@ class Lane {
     this.turns.push({ prompt, answer });
     const said = h("div", { class: "said", dir: "auto" });
     said.textContent = prompt;
-    this.list.append(h("li", {}, h("h3", { class: "unseen" }, "You"), said, answer.element));
+    this.list.append(h("li", {}, h("h2", { class: "unseen" }, "You"), said, answer.element));
     this.empty.hidden = true;
     said.scrollIntoView({ block: "start" }); // with room below for the answer
     this.redo.hidden = true;
@@ -106,7 +106,8 @@ class Lanes {
   }
 
   tell() {
-    const last = this.lanes.map((l) => l.turns.at(-1).answer);
+    const last = this.lanes.map((l) => l.turns.at(-1)?.answer).filter(Boolean);
+    if (!last.length) return; // forgotten while it was answered
     announce(last.map((a) => (a.failed ? `${a.title}: ${a.problem.innerText}` : `${a.title}: ${a.text} (${a.facts.textContent})`)).join(". "));
   }
 
@@ -114,10 +115,15 @@ class Lanes {
     for (const { turns } of this.lanes) for (const turn of turns) turn.answer.stop();
   }
 
-  clear() {
+  // what was said is no longer here; also when somebody else comes
+  forget() {
     this.stop();
     for (const lane of this.lanes) lane.clear();
     this.fresh.hidden = true;
+  }
+
+  clear() {
+    this.forget();
     announce("New conversation");
     this.session.focus();
   }

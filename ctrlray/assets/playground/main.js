@@ -161,6 +161,11 @@ $("sign-in").addEventListener("submit", (event) => {
 });
 $("sign-out").addEventListener("click", () => {
   stop();
+  for (const view of Object.values(views)) view.forget();
+  Object.assign(state, { prompt: "", system: "" });
+  $("prompt").value = $("system").value = "";
+  announce("");
+  follow();
   key.set("");
   signIn();
 });
@@ -196,8 +201,11 @@ $("link").addEventListener("click", async () => {
 for (const name of VIEWS) {
   $(`tab-${name}`).addEventListener("click", () => select(name));
   $(`tab-${name}`).addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-    if (step) select(VIEWS.at((VIEWS.indexOf(name) + step) % VIEWS.length), true);
+    const at = VIEWS.indexOf(name);
+    const to = { ArrowRight: (at + 1) % VIEWS.length, ArrowLeft: at - 1, Home: 0, End: -1 }[event.key];
+    if (to === undefined) return;
+    event.preventDefault(); // Home and End scroll too
+    select(VIEWS.at(to), true);
   });
 }
 const arrive = () => {
