@@ -16,7 +16,7 @@ PARTS = {
     "A": ("quickstart", "generation", "ranks"),
     "C": ("training", "training_gpu", "toys", "reward_model"),
     "D": ("ppo_dial", "ppo", "toys_ppo"),
-    "E": ("results",),
+    "E": ("results", "demo", "ablation"),
     "F": ("serve",),
 }
 MAX_BETWEEN, MAX_LENGTH = 0.5, 0.3

@@ -77,8 +77,8 @@ class Transformers:
 class TimedGenerate(generate.GenerateBatch):
     """ctrlray's own actor, noting when it is up, so that start-up can be left out."""
 
-    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where) -> None:
-        super().__init__(spec, sampling, out, where)
+    def __init__(self, spec: EngineSpec, sampling: config.Sampling, out: Storage, where: Where, max_restarts: int) -> None:
+        super().__init__(spec, sampling, out, where, max_restarts)
         self._out.write_json(time.time(), "up.json")
 
 

@@ -37,7 +37,9 @@ comes with `uv pip install --group benchmark`.
 def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The page of all benchmarks that have results, targets first."""
     stored = [(b, results[b.name]) for b in ALL if b.name in results]
-    return "\n".join([HEAD, *_summary(stored), *(line for b, r in stored for line in _section(b, r))])
+    missing = [f"`{b.name}`" for b in ALL if b.name not in results]
+    without = [f"Not measured yet: {', '.join(missing)}.", ""] if missing else []
+    return "\n".join([HEAD, *without, *_summary(stored), *(line for b, r in stored for line in _section(b, r))])
 
 
 def stored() -> dict[str, dict[str, Any]]:

@@ -48,7 +48,7 @@ ALL = (
     Benchmark("ppo", "PPO", "TRL's GRPOTrainer", 20, package="trl"),
     Benchmark("serve", "Serving", "plain vLLM's server", 15),
     Benchmark("pipeline", "The whole pipeline", "", 13),
-    Benchmark("scale", "Scale, by simulation", "", 18),
+    Benchmark("scale", "Scale, by simulation", "", 20),
 )
 
 

@@ -4,7 +4,8 @@ Generation with scoring behind it, through the stage's own code, on one machine.
 batch as long as one with the rate measured in `results/generation.json` needs, ten seconds for 96 answers of 25 tokens, which is
 also what an engine of a 7B model on a GPU takes for answers of 256 tokens at 2,500 tokens/s. Efficiency is the share of the
 time, from when all engines are up to when the first runs out of work, in which engines work: rows/s over what as many single
-engines give. The memory runs let engines answer at once. Prompts are a few words each, and their tokens are bytes.
+engines give that never wait. In the memory runs two engines take a quarter of a second for 512 answers of a thousand characters,
+which one scorer keeps up with. Prompts are a few words each, and their tokens are bytes.
 
     python -m benchmarks.scale [--engines 1 8 32 64] [--prompts 10000 100000 1000000] [--keep FILE]
 """
@@ -13,21 +14,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from benchmarks.common import RESULTS, figure, store
 from benchmarks.simulation import BUSY, Bytes, Simulation
 from ctrlray import config, schema
 from ctrlray.ledger import Silent
+from ctrlray.placement import writers
 from ctrlray.quiet import quiet_ray
 from ctrlray.tables import Storage, from_rows
 
@@ -35,13 +40,17 @@ ROOT = Path(__file__).parent.parent
 ENGINES, PROMPTS = (1, 8, 32, 64), (10_000, 100_000, 1_000_000)
 BATCH, TOKENS, BATCHES = 96, 25, 7
 """Answers of a batch and tokens of an answer; batches of an engine where its efficiency is measured."""
-FAST_BATCH, FAST_ENGINES = 256, 2
+FAST_BATCH, FAST_ENGINES, FAST_BYTES, FAST_S = 512, 2, 1_000, 0.25
+"""Of the memory runs: 8 blocks/s, of the 10 to 20 that Ray Data gives one scorer at most. Else what waits would be measured."""
+CEILING_BLOCKS = 200
+"""Of the run that finds that most."""
 STORE_BYTES = 400 * 2**20
-LEAST_EFFICIENCY, MOST_GROWTH, LARGE = 0.95, 1.2, 1_000
+LEAST_EFFICIENCY, MOST_GROWTH, MOST_KEPT, LARGE = 0.95, 1.2, 0.01, 1_000
 ANSWER_BYTES, SLOW_BLOCKS, SLOW_BATCH = 80_000, 300, 32
 """Of the run with a slow scorer: its blocks together are nearly twice the object store."""
-RAY_ACTORS, RAY_NODES = 40_000, 2_000
-"""What Ray's own release tests reach (release/benchmarks/README.md in its repository)."""
+SAMPLE_S, LEAST_SAMPLES = 0.5, 5
+RAY_ACTORS, RAY_NODES = 10_000, 250
+"""What Ray's own release tests reach and more (release/benchmarks/README.md in its repository)."""
 MIB = 2**20
 
 
@@ -50,12 +59,19 @@ class Watch(Silent):
 
     def __init__(self) -> None:
         import ray
+        from ray._common.network_utils import build_address
+        from ray._private.grpc_utils import init_grpc_channel
+        from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 
-        self._node = ray.nodes()[0]
-        self.first_row_s: float | None = None
-        self.store_peak = self.spilled = self.rss_peak = 0
-        self._began, self._over = time.time(), threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
+        node = ray.nodes()[0]
+        # one channel for all samples: those of ray._private.internal_api.node_stats, one each, would grow the driver
+        self._node = NodeManagerServiceStub(init_grpc_channel(build_address(node["NodeManagerAddress"], node["NodeManagerPort"])))
+        self.blocks = self.samples = self.store_peak = self.spilled = self.rss_peak = 0
+        self.first: tuple[float, float] | None = None
+        self.last = (0.0, 0.0)
+        """When the first block came through and when the last, each with the CPU seconds of this process by then."""
+        self.began, self._over = time.time(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def __enter__(self) -> Watch:
         self._thread.start()
@@ -64,21 +80,31 @@ class Watch(Silent):
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        self._sample()
 
     def advance(self, rows: int, tokens: int = 0) -> None:
-        """Note when the first rows came through."""
-        if rows and self.first_row_s is None:
-            self.first_row_s = time.time() - self._began
+        """Note when blocks come through."""
+        if rows:
+            self.last = (time.time(), time.process_time())
+            self.first = self.first or self.last
+            self.blocks += 1
+
+    def _watch(self) -> None:
+        while not self._over.wait(SAMPLE_S):
+            self._sample()
 
     def _sample(self) -> None:
-        from ray._private.internal_api import node_stats
+        from grpc import RpcError
+        from ray.core.generated.node_manager_pb2 import GetNodeStatsRequest
 
-        me = psutil.Process()
-        while not self._over.wait(0.25):
-            self.rss_peak = max(self.rss_peak, me.memory_info().rss)
-            stats = node_stats(self._node["NodeManagerAddress"], self._node["NodeManagerPort"], False).store_stats
-            self.store_peak = max(self.store_peak, stats.object_store_bytes_used)
-            self.spilled = max(self.spilled, stats.spilled_bytes_total)
+        self.rss_peak = max(self.rss_peak, psutil.Process().memory_info().rss)
+        try:
+            stats = self._node.GetNodeStats(GetNodeStatsRequest(include_memory_info=False), timeout=5).store_stats
+        except RpcError:  # a worker that ends while it is asked; the next sample sees the store again
+            return
+        self.samples += 1
+        self.store_peak = max(self.store_peak, stats.object_store_bytes_used)
+        self.spilled = max(self.spilled, stats.spilled_bytes_total)
 
 
 def measured_rate() -> float:
@@ -97,7 +123,7 @@ def job(folder: str, engines: int, batch: int, reward: str) -> config.Job:
             "samples": 1,
             "batch_size": batch,
             "sampling": {"max_tokens": TOKENS},
-            "pool": {"min_size": engines, "max_size": engines, "cpus": 0.02},
+            "pool": {"min_size": engines, "max_size": engines, "cpus": 0.01},
         },
         "score": {"pool": {"cpus": 0.5}},
         "cluster": {"stall_timeout_s": 600},
@@ -146,7 +172,6 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
     )
     table = PromptParts(Storage(f"{folder}/p"), "train")
     notes = generate.journals(out) + score.journals(made.teachers, scores)
-    began, cpu = time.time(), time.process_time()
     with Watch() as watch:
         result = generate.run(
             table,
@@ -161,10 +186,13 @@ def child(folder: str, engines: int, batch: int, answer_bytes: int, reward: str,
         ).check("generate")
         accounts = score.run(out, table, made, scores, Silent()).check("score")
         assert accounts.rows_out == result.rows_out and accounts.facts, "scoring was to stream behind generation"
-        found = {"wall_s": time.time() - began, "driver_cpu_s": time.process_time() - cpu}
-    peaks = {"rss_mib": watch.rss_peak / MIB, "store_mib": watch.store_peak / MIB, "spilled_mib": watch.spilled / MIB}
-    told = {"rows": result.rows_out, "blocks": len(out.names("responses")), "first_row_s": watch.first_row_s}
-    print("RESULT " + json.dumps(found | peaks | told), flush=True)
+        found = {"rows": result.rows_out, "wall_s": time.time() - watch.began}
+    assert watch.first is not None and watch.blocks > 1
+    assert watch.samples >= LEAST_SAMPLES, f"the object store was seen {watch.samples} times only: make the machine quieter"
+    found |= {"rss_mib": watch.rss_peak / MIB, "store_mib": watch.store_peak / MIB, "spilled_mib": watch.spilled / MIB}
+    found |= {"blocks": watch.blocks, "samples": watch.samples, "first_row_s": watch.first[0] - watch.began}
+    found |= {"stream_s": watch.last[0] - watch.first[0], "stream_cpu_s": watch.last[1] - watch.first[1]}
+    print("RESULT " + json.dumps(found), flush=True)
 
 
 class Runs:
@@ -179,9 +207,9 @@ class Runs:
         prompts: int,
         engines: int = FAST_ENGINES,
         batch: int = FAST_BATCH,
-        answer_bytes: int = 100,
+        answer_bytes: int = FAST_BYTES,
         reward: str = "length",
-        rate: float = float("inf"),
+        rate: float = FAST_BATCH * TOKENS / FAST_S,
     ) -> dict[str, Any]:
         """One run, or what it gave before."""
         asked = [engines, batch, answer_bytes, reward, rate]
@@ -189,7 +217,9 @@ class Runs:
         if key not in self._found:
             self._found[key] = _run(prompts, asked)
             if self._kept:
-                self._kept.write_text(json.dumps(self._found, indent=1))
+                beside = self._kept.with_name(f"{self._kept.name}.tmp")
+                beside.write_text(json.dumps(self._found, indent=1))
+                os.replace(beside, self._kept)
         self.others = max(self.others, self._found[key]["others_cpu_percent"])
         print(key, {k: round(v, 3) for k, v in self._found[key].items()}, flush=True)
         return self._found[key]
@@ -205,8 +235,9 @@ def _run(prompts: int, asked: Sequence[Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
         assert found["rows"] == prompts
         found["others_cpu_percent"] = others
-        if (worked := Path(folder, "g", BUSY)).is_dir():
-            found["efficiency"] = efficiency([json.loads(p.read_text()) for p in worked.iterdir()])
+        worked = [[json.loads(x) for x in p.read_text().splitlines()] for p in Path(folder, "g", BUSY).iterdir()]
+        if worked:
+            found["efficiency"] = efficiency(worked)
     return found
 
 
@@ -218,41 +249,54 @@ def efficiency(worked: Sequence[Sequence[Sequence[float]]]) -> float:
     return busy / (len(worked) * (end - begin))
 
 
-def throughput(runs: Runs, engines: Sequence[int], rate: float) -> list[dict[str, Any]]:
-    """Figures of one to many engines, each with the same work."""
-    made = []
+def throughput(runs: Runs, engines: Sequence[int], rate: float) -> tuple[list[dict[str, Any]], dict[int, float]]:
+    """Figures of one to many engines, each with the same work, and the driver's share of a core by their number."""
+    made: list[dict[str, Any]] = []
+    shares: dict[int, float] = {}
     for number in engines:
-        found = runs.run(number * BATCHES * BATCH, number, BATCH, rate=rate)
+        found = runs.run(number * BATCHES * BATCH, number, BATCH, 4 * TOKENS, rate=rate)
         target = f">= {LEAST_EFFICIENCY}" if number == 32 else "recorded"
         share = round(found["efficiency"], 4)
         made.append(figure(f"throughput of {number} simulated engines, of linear", target, share, None))
         if number == 32:
             made[-1]["met"] = share >= LEAST_EFFICIENCY
-        made.append(figure(f"rows/s of {number} simulated engines", "recorded", round(share * number * rate / TOKENS, 1), None))
-    return made
+        shares[number] = found["stream_cpu_s"] / found["stream_s"]
+        made += [
+            figure(f"rows/s of {number} simulated engines", "recorded", round(share * number * rate / TOKENS, 1), None),
+            figure(f"driver's share of a core at {number} simulated engines", "recorded", round(shares[number], 4), None),
+        ]
+    return made, shares
 
 
 def memory(runs: Runs, prompts: Sequence[int]) -> tuple[list[dict[str, Any]], dict[int, dict[str, Any]]]:
     """Figures of few to many prompts, and what each run gave."""
-    by_size = {number: runs.run(number) for number in prompts}
+    by_size = {number: runs.run(number) for number in sorted(prompts)}
     made = []
     for number, found in by_size.items():
         made += [
-            figure(f"driver memory at {number} prompts, MiB", "recorded", round(found["rss_mib"], 1), None),
-            figure(f"object store at its fullest at {number} prompts, MiB", "recorded", round(found["store_mib"], 2), None),
-            figure(f"seconds to the first scored block at {number} prompts", "recorded", round(found["first_row_s"], 1), None),
+            figure(f"driver memory at {number:,} prompts, MiB", "recorded", round(found["rss_mib"], 1), None),
+            figure(f"object store at its fullest at {number:,} prompts, MiB", "recorded", round(found["store_mib"], 2), None),
+            figure(f"seconds to the first scored block at {number:,} prompts", "recorded", round(found["first_row_s"], 1), None),
         ]
-    few, many = by_size[min(by_size)], by_size[max(by_size)]
-    for key, name in (("rss_mib", "driver memory"), ("store_mib", "object store memory")):
-        ratio = round(many[key] / few[key], 3)
-        title = f"{name}, {max(by_size)} prompts / {min(by_size)}"
-        made.append(figure(title, f"<= {MOST_GROWTH}", ratio, ratio <= MOST_GROWTH))
+    least, most = min(by_size), max(by_size)
+    ratio = round(by_size[most]["rss_mib"] / by_size[least]["rss_mib"], 3)
+    title = f"driver memory, {most:,} prompts / {least:,}"
+    made.append(figure(title, f"<= {MOST_GROWTH}", ratio, ratio <= MOST_GROWTH))
+    # the store is near empty at both sizes, and a ratio of that would be of chance: growth counts beside what passes through
+    kept = round(grown(by_size, "store_mib") * MIB / ((most - least) * FAST_BYTES), 4)
+    title = f"object store, from {least:,} prompts to {most:,}: growth, of the answers' bytes"
+    made.append(figure(title, f"<= {MOST_KEPT}", kept, kept <= MOST_KEPT))
     return made, by_size
+
+
+def grown(runs: Mapping[int, Mapping[str, Any]], what: str) -> float:
+    """By how much a figure is larger at the most prompts than at the fewest."""
+    return float(runs[max(runs)][what]) - float(runs[min(runs)][what])
 
 
 def backpressure(runs: Runs) -> list[dict[str, Any]]:
     """Figures of engines that are many times as fast as the scorer."""
-    found = runs.run(SLOW_BLOCKS * SLOW_BATCH, batch=SLOW_BATCH, answer_bytes=ANSWER_BYTES, reward="slow_length")
+    found = runs.run(SLOW_BLOCKS * SLOW_BATCH, FAST_ENGINES, SLOW_BATCH, ANSWER_BYTES, "slow_length", rate=math.inf)
     made = SLOW_BLOCKS * SLOW_BATCH * ANSWER_BYTES
     share = round(found["store_mib"] * MIB / made, 3)
     return [
@@ -262,30 +306,58 @@ def backpressure(runs: Runs) -> list[dict[str, Any]]:
     ]
 
 
-def limits(runs: dict[int, dict[str, Any]], rate: float) -> list[str]:
+def ceiling(runs: Runs) -> tuple[dict[str, Any], float]:
+    """How many blocks a second one actor of each kind passes on when no engine takes any time: a figure, and the number."""
+    found = runs.run(CEILING_BLOCKS * FAST_BATCH, rate=math.inf)
+    per_s = (found["blocks"] - 1) / found["stream_s"]
+    return figure("blocks/s through one scorer, engines that answer at once", "recorded", round(per_s, 1), None), per_s
+
+
+def limits(runs: Mapping[int, Mapping[str, Any]], shares: Mapping[int, float], rate: float, per_actor: float) -> list[str]:
     """What breaks first and at what size, for a thousand engines."""
-    few, many = runs[min(runs)], runs[max(runs)]
     block_s = BATCH * TOKENS / rate
-    cpu_s = (many["driver_cpu_s"] - few["driver_cpu_s"]) / (many["blocks"] - few["blocks"])
-    kib = (many["rss_mib"] - few["rss_mib"]) * 1024 / (many["blocks"] - few["blocks"])
-    needs, gives = LARGE / block_s, 1 / cpu_s
-    most = int(gives * block_s)
-    enough = BATCH * max(needs / gives, 1)
+    needs, blocks = LARGE / block_s, grown(runs, "blocks")
+    scorers, writing = math.ceil(needs / per_actor), writers(LARGE)
+    kib = max(grown(runs, "rss_mib"), 0.0) * 1024 / blocks
+    place = max(grown(runs, "store_mib"), 0.0) * MIB / blocks
     block_mib = BATCH * 256 * 8 / MIB  # four bytes each for a token's id and for its text
+    scorer = (
+        "a pool of one scorer: Ray Data looks for finished tasks every 0.1 s and gives an actor two, here "
+        f"{per_actor:.0f} blocks/s, however little each takes. {LARGE:,} engines need {scorers} actors in score.pool, more where "
+        "a reward takes longer. "
+        f"Actors that write requests and scores grow with the engines, to {writing} of each."
+    )
+    breaks = sorted([(int(per_actor * block_s), scorer), _driver(runs, shares, needs)])
     return [
-        f"First the driver's CPU: {cpu_s * 1000:.1f} ms per block of answers, so {gives:.0f} blocks/s through one driver, of "
-        f"whatever size. {LARGE:,} engines with a block of {BATCH} answers each {block_s:.1f} s bring {needs:.0f} blocks/s, "
-        f"{needs * BATCH:,.0f} rows/s. One driver carries {most:,} such engines; for {LARGE:,}, generate.batch_size should be "
-        f"{enough:.0f} or more on this processor.",
-        f"Driver memory: {kib:.1f} KiB per block beside a base of {few['rss_mib']:.0f} MiB: 100 million answers in blocks of "
-        f"{FAST_BATCH} take {1e8 / FAST_BATCH * kib / 2**20:.1f} GiB.",
-        f"GCS: {LARGE:,} engines are {LARGE:,} actors, with scorers and writers some {LARGE + LARGE // 32 + 40:,}; Ray's own "
-        f"release tests reach {RAY_ACTORS:,} actors and {RAY_NODES:,} nodes.",
-        f"Object store: at most two batches wait at each engine, as file names. A block of {BATCH} answers of 256 tokens is "
-        f"about {block_mib:.1f} MiB, one for each of {LARGE:,} engines {block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow "
-        "scorer fills it no further than Ray Data's budget.",
+        f"{LARGE:,} engines with a block of {BATCH} answers each {block_s:.1f} s bring {needs:.0f} blocks/s, "
+        f"{needs * BATCH:,.0f} rows/s.",
+        *(f"{'Then' if i else 'First'}, at {engines:,} engines, {what}" for i, (engines, what) in enumerate(breaks)),
+        f"Driver memory: {kib:.1f} KiB per block beside a base of {runs[min(runs)]['rss_mib']:.0f} MiB: 100 million answers take "
+        f"{1e8 / FAST_BATCH * kib / 2**20:.1f} GiB in blocks of {FAST_BATCH}, {1e8 / BATCH * kib / 2**20:.1f} GiB in blocks of "
+        f"{BATCH}.",
+        f"Object store: {place:.0f} bytes per block for its place among the prompts; at most two batches wait at each engine, as "
+        f"file names. A block of {BATCH} answers of 256 tokens is about {block_mib:.1f} MiB, one for each of {LARGE:,} engines "
+        f"{block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow scorer fills it no further than Ray Data's budget.",
+        f"GCS: {LARGE:,} engines are {LARGE + scorers + 2 * writing:,} actors with scorers and writers; Ray's own release tests "
+        f"reach more than {RAY_ACTORS:,} actors and {RAY_NODES:,} nodes.",
         "Not part of this: the prompts stage and distill hold their tables in the driver's memory.",
     ]
+
+
+def _driver(runs: Mapping[int, Mapping[str, Any]], shares: Mapping[int, float], needs: float) -> tuple[int, str]:
+    """How many engines fill a core with the driver's process: by a line through the shares, or by blocks, `needs` a second."""
+    counts, values = np.array(list(shares), float), np.array(list(shares.values()), float)
+    each, base = np.polyfit(counts, values, 1) if counts.size > 1 else (values[0] / counts[0], 0.0)
+    by_engines = max(float(base + LARGE * each), 0.0)
+    many = runs[max(runs)]
+    block_s = many["stream_cpu_s"] / (many["blocks"] - 1)
+    cores = max(by_engines, needs * block_s, 1e-3)
+    more = f" Blocks of {math.ceil(BATCH * cores)} (generate.batch_size), or several jobs, go further." if cores > 1 else ""
+    return int(LARGE / cores), (
+        f"the driver's CPU: {values.max():.1%} of a core with {int(counts.max())} engines and {each:.2%} for each further one, "
+        f"so {by_engines:.2f} cores with {LARGE:,}; {block_s * 1000:.1f} ms per block at {max(runs):,} prompts, so "
+        f"{needs * block_s:.2f} cores.{more}"
+    )
 
 
 def main() -> None:
@@ -300,11 +372,16 @@ def main() -> None:
         folder, engines, batch, size, reward, rate = options.child
         child(folder, int(engines), int(batch), int(size), reward, float(rate))
         return
+    if len(set(options.prompts)) < 2:
+        parser.error("--prompts: give two sizes at least, growth is what is measured")
     rate = measured_rate()
     runs = Runs(options.keep)
-    figures, by_size = memory(runs, options.prompts)
-    figures = [*throughput(runs, options.engines, rate), *figures, *backpressure(runs)]
-    notes = [*limits(by_size, rate), f"Before a run began, other work took {runs.others:.0f}% of the processor at most."]
+    figures, shares = throughput(runs, options.engines, rate)
+    of_memory, by_size = memory(runs, options.prompts)
+    of_actors, per_actor = ceiling(runs)
+    figures += [*of_memory, *backpressure(runs), of_actors]
+    others = f"Before a run began, other work took {runs.others:.0f}% of the processor at most."
+    notes = [*limits(by_size, shares, rate, per_actor), others]
     print(*notes, sep="\n")
     print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=by_size))
 

@@ -6,10 +6,12 @@ cores runs as many of them as a cluster of GPUs, and what is measured is what li
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from ctrlray.schema import Message
 from ctrlray.tables import Storage
 
 BUSY = "busy"
+"""Folder of one file per engine, a line per batch: when it began and its seconds."""
 SLOW_S = 0.25
 
 
@@ -35,7 +38,7 @@ class Simulation(EngineSpec):
     engines: int = 1
     """None answers before so many are up."""
     folder: str = ""
-    """Of the stage."""
+    """Of the stage, on this machine."""
 
     def build(self) -> Any:
         """The engine that sleeps."""
@@ -52,8 +55,9 @@ class SleepingEngine:
     weights_version = 0
 
     def __init__(self, spec: Simulation) -> None:
-        self._spec, self._out = spec, Storage(spec.folder)
-        self._worked: list[list[float]] = []
+        self._spec, self._out, self._alone = spec, Storage(spec.folder), True
+        self._busy = Path(self._out.path(BUSY), f"{os.getpid()}.jsonl")
+        self._busy.parent.mkdir(parents=True, exist_ok=True)
         self._share = float(np.random.default_rng(os.getpid()).uniform(0.05, 1.0))
         self._answer = ("word " * (spec.answer_bytes // 5 + 1))[: spec.answer_bytes]
 
@@ -61,12 +65,13 @@ class SleepingEngine:
         self, prompts: Sequence[Sequence[int]], sampling: config.Sampling, max_tokens: Sequence[int]
     ) -> list[list[Completion]]:
         """Answers after the time that they take."""
-        while len(self._out.names(STARTS)) < self._spec.engines:
-            time.sleep(0.2)
+        while self._alone and len(self._out.names(STARTS)) < self._spec.engines:
+            time.sleep(0.5)
+        self._alone = False
         seconds, self._share = self._share * self._spec.seconds(len(prompts)), 1.0
         if seconds:
-            self._worked.append([time.time(), seconds])
-            self._out.write_json(self._worked, BUSY, f"{os.getpid()}.json")
+            with self._busy.open("a") as file:
+                file.write(json.dumps([time.time(), seconds]) + "\n")
             time.sleep(seconds)
         ids = [7] * self._spec.answer_tokens
         return [[Completion(self._answer, ids, -1.0, "stop", [])] for _ in prompts]

@@ -18,17 +18,30 @@ def answer(prompt: list[int], limit: int, weights: str) -> tuple[str, str, tuple
     letters = [seed[1 + i % 31] for i in range(min(size, limit))]
     text = "".join("abcdefghij"[b % 10] for b in letters)
     finished = size < limit
-    return text, "stop" if finished else "length", tuple(-(1 + b % 7) / 4 for b in [*letters, *([1] if finished else [])])
+    return text, "stop" if finished else "length", tuple(map(_logprob, [*letters, *([1] if finished else [])]))
+
+
+def logp(context: list[int], tokens: list[int], weights: str) -> float:
+    """Log-prob of an answer's tokens, given in full, that follows from context, tokens and weights alone."""
+    seed = hashlib.sha256(json.dumps([context, tokens, weights]).encode()).digest()
+    return sum(_logprob(seed[i % 32]) for i in range(len(tokens)))
+
+
+def _logprob(byte: int) -> float:
+    return -(1 + byte % 7) / 4
 
 
 def main() -> None:
     """Until stdin closes."""
     for line in sys.stdin:
         request = json.loads(line)
-        made = []
-        for prompt, limit in zip(request["prompts"], request["limits"], strict=True):
-            time.sleep(request["pace_s"])
-            made.append(answer(prompt, limit, request["weights"]))
+        weights, made = request["weights"], []
+        for prompt, asked in zip(request["prompts"], request["asked"], strict=True):
+            if isinstance(asked, list):
+                made.append(logp(prompt, asked, weights))
+            else:
+                time.sleep(request["pace_s"])
+                made.append(answer(prompt, asked, weights))
         print(json.dumps(made), flush=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.chaos.nodes import GROUP
 from benchmarks.chaos.plan import PPO
 
-PROMPTS, EVAL, BATCH = 12, 8, 4
+PROMPTS, EVAL, BATCH = 12, 6, 4
 BEHAVIOURS: tuple[dict[str, str], ...] = (
     {"name": "plain"},
     {"name": "short", "system": "Answer in a few words."},
@@ -24,7 +24,7 @@ _OBJECTIVES: dict[str, dict[str, Any]] = {
     "exmate": {"type": "exmate"},
     PPO: {
         "type": PPO,
-        "steps": 16,
+        "steps": 10,
         "prompts_per_step": 2,
         "group_size": 1,
         "batch_size": 4,
@@ -57,12 +57,12 @@ def job(model: Path, root: Path, method: str, address: str | None = None) -> dic
             "objectives": [_OBJECTIVES[method]],
             "epochs": 3,
             "batch_size": 4,
-            "eval_every": 4,
+            "eval_every": 3,
             "lora": {"rank": 4},
             "max_failures": 3,
             "nodes": GROUP if address else None,
         },
         "evaluate": {"sampling": {"max_tokens": 16, "temperature": 0.0}, "batch_size": BATCH, "bootstrap": 100},
         "export": {"dtype": "float32"},
-        "cluster": {"address": address, "stall_timeout_s": 500},
+        "cluster": {"address": address, "stall_timeout_s": 200},
     }

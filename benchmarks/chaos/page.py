@@ -20,7 +20,9 @@ Generated from `benchmarks/results/chaos.json`.
 Each trial runs a small pipeline and kills one process of it with `kill -9` in the midst of its work: the victim is stopped, its
 live work is looked up (rows noted as in flight, a batch in hand, an unfinished training step), and only then is it killed. The
 run then recovers by itself, or the same command is given again. At the end its tables must be those of a run that nothing
-disturbed: prompts, responses, scores, examples, the evaluation grid, PPO's rollouts and the adapter, all of them to the bit.
+disturbed, to the bit: prompts, responses, scores and examples, or PPO's rollouts and the adapter, or the evaluation grid and
+the log-probs behind its KL. A trial goes on from the undisturbed run's stages before the kill and stops behind the stages that
+the kill can reach, whose tables are all that the others read; where a driver is killed that generates, it ends with the grid.
 
 **The engines are simulated**: an answer follows from a hash of its request and of the weights in force, so that every run must
 agree, and an engine that came back with other weights would show. They answer in a child process, as vLLM's do on GPUs. All
@@ -55,7 +57,7 @@ def figures(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     trials, ended = len(outcomes), [o for o in outcomes if o["recovered"]]
     lost, twice = sum(o["lost"] for o in ended), sum(o["twice"] for o in ended)
     equal, back = sum(map(good, outcomes)), len(ended)
-    seconds, spread = middle([o["seconds_lost"] for o in outcomes])
+    seconds, spread = middle([o["seconds_lost"] for o in ended])
     return [
         figure("trials that recovered, by themselves or by a rerun", f"all of {trials}", back, back == trials),
         figure("rows lost", "0", lost, lost == 0),
@@ -99,8 +101,8 @@ def _summary(name: str, outcomes: Sequence[Outcome]) -> tuple[object, ...]:
     ended = [o for o in outcomes if o["recovered"]]
     alone = sum(o["recovered"] == "itself" for o in outcomes)
     lost, twice = sum(o["lost"] for o in ended), sum(o["twice"] for o in ended)
-    seconds = statistics.median(o["seconds_lost"] for o in outcomes)
-    return (name, len(outcomes), alone, len(ended) - alone, lost, twice, sum(map(good, outcomes)), f"{seconds:.1f}")
+    seconds = f"{statistics.median(o['seconds_lost'] for o in ended):.1f}" if ended else ""
+    return (name, len(outcomes), alone, len(ended) - alone, lost, twice, sum(map(good, outcomes)), seconds)
 
 
 def _wrong(outcome: Outcome) -> str:

@@ -10,7 +10,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from ctrlray.engine.engine import Completion, Engine, EngineSpec
 from ctrlray.engine.probes import Given, Held, compare
 
 CORE = Path(__file__).parent / "core.py"
-PACE_S = 0.04
-"""Seconds that an answer takes, and half as many that a score takes."""
+PACE_S = 0.1
+"""Seconds that an answer takes, and half as many that a score takes: a stage is at work long enough to be watched."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SimulatedEngine(Engine):
         from tokenizers import Tokenizer
 
         self.spec, self.weights_version = spec, 0
-        self._weights = "as started"
+        self._weights = _as_started(spec.model)
         self._tokenizer = Tokenizer.from_file(str(Path(spec.model) / "tokenizer.json"))
         config = json.loads((Path(spec.model) / "config.json").read_text())
         self._end = int(config["eos_token_id"])
@@ -51,15 +51,24 @@ class SimulatedEngine(Engine):
         self, prompts: Sequence[Sequence[int]], sampling: Sampling, n: int = 1, max_tokens: Sequence[int] | None = None
     ) -> list[list[Completion]]:
         """One answer per prompt. Raises RuntimeError when the child is gone."""
+        assert n == 1
         limits = list(max_tokens or [sampling.max_tokens] * len(prompts))
-        asked = {"prompts": [list(map(int, p)) for p in prompts], "limits": limits, "weights": self._weights, "pace_s": PACE_S}
-        assert self._core.stdin is not None and self._core.stdout is not None and n == 1
-        self._core.stdin.write(json.dumps(asked) + "\n")
+        return [[self._completion(*made)] for made in self._ask(prompts, limits)]
+
+    def logp(self, contexts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]]) -> list[float]:
+        """What the weights in force give each answer. Raises RuntimeError when the child is gone."""
+        return self._ask(contexts, [list(map(int, a)) for a in answers])
+
+    def _ask(self, prompts: Sequence[Sequence[int]], asked: Sequence[Any]) -> list[Any]:
+        """The child's answers, each to a prompt and what is asked of it: at most so many tokens, or the log-prob of these."""
+        request = {"prompts": [list(map(int, p)) for p in prompts], "asked": asked, "weights": self._weights, "pace_s": PACE_S}
+        assert self._core.stdin is not None and self._core.stdout is not None
+        self._core.stdin.write(json.dumps(request) + "\n")
         self._core.stdin.flush()
         line = self._core.stdout.readline()
         if not line:
             raise RuntimeError("the simulated engine's child process is gone")
-        return [[self._completion(*made)] for made in json.loads(line)]
+        return list(json.loads(line))
 
     def _completion(self, text: str, reason: str, logprobs: list[float]) -> Completion:
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids + ([self._end] if reason == "stop" else [])
@@ -72,15 +81,34 @@ class SimulatedEngine(Engine):
     def _replace(self, folder: str, adapter: Mapping[str, Any], card: Mapping[str, Any], version: int) -> Held:
         """Read the weights as an engine would, and answer from their hash from now on."""
         given = Given(folder, tensor_names(folder), card["control_ids"])
-        seen = hashlib.sha256()
-        for name, value in given.watch(merged_tensors(folder, adapter, card, self.spec.dtype)):
-            seen.update(name.encode() + value.float().numpy().tobytes())
-        self._weights, self.weights_version = seen.hexdigest(), version
+        tensors = given.watch(merged_tensors(folder, adapter, card, self.spec.dtype))
+        self._weights, self.weights_version = _identity((name, value.float().numpy()) for name, value in tensors), version
         return Held(version, compare(given, [given.sums]), given.seconds, 0.0)
 
     def cache_hits(self) -> tuple[int, int]:
         """It has no cache."""
         return 0, 0
+
+
+def _as_started(folder: str) -> str:
+    """Identity of a folder's own weights, by numpy alone: an engine that is given none need not import torch."""
+    from safetensors import safe_open
+
+    def tensors() -> Iterator[tuple[str, Any]]:
+        for file in sorted(Path(folder).glob("*.safetensors")):
+            with safe_open(file, framework="numpy") as opened:
+                for name in opened.keys():  # noqa: SIM118  safe_open is not a dict
+                    yield name, opened.get_tensor(name)
+
+    return _identity(tensors())
+
+
+def _identity(tensors: Iterable[tuple[str, Any]]) -> str:
+    """Of float32 weights: equal ones have equal ones, whichever way an engine came by them."""
+    seen = hashlib.sha256()
+    for name, value in tensors:
+        seen.update(name.encode() + value.astype("float32", copy=False).tobytes())
+    return seen.hexdigest()
 
 
 def slow_lengths(prompts: list[Any], responses: list[str]) -> dict[str, list[float]]:
