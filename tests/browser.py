@@ -16,7 +16,7 @@ PHONE = {"width": 390, "height": 844}
 @contextmanager
 def chromium() -> Iterator[Any]:
     """The browser; skips where it, or the package that drives it, is missing."""
-    driver = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (pip install playwright)")
+    driver = pytest.importorskip("playwright.sync_api", reason="needs the package playwright (make browser)")
     found = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if found is None:
         pytest.skip("needs Chromium (apt-get install chromium)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 
@@ -32,6 +33,7 @@ class World:
         room=99,
         max_body_bytes=100_000,
         body_timeout_s=30.0,
+        max_held_bytes=1_000_000,
         dial=DIAL,
         tokenizer=None,
         context=CONTEXT,
@@ -47,11 +49,12 @@ class World:
             Served("tiny-start", dial, plain, self.start_engine, True, "start"),
         ]
         own = Key.model_validate({"name": "web", "hash": hashed("ck-web")} | limits)
-        admin = Key(name="admin", hash=hashed("ck-admin"), completions=True)
+        admin = Key(name="admin", hash=hashed("ck-admin"), completions=True, metrics=True)
         self.policy = Policy(keys=(own, admin))
         self.desk = Desk({m.name: room for m in models})
-        self.front = Front(models, lambda: self.policy, self.desk, judge)
-        self.app = create_app(self.front, max_body_bytes, body_timeout_s)
+        self.problem = ""
+        self.front = Front(models, lambda: self.policy, self.desk, judge, lambda: self.problem)
+        self.app = create_app(self.front, max_body_bytes, body_timeout_s, max_held_bytes)
         self.web = self.client("ck-web")
         self.admin = self.client("ck-admin")
 
@@ -76,3 +79,31 @@ def events(response) -> list:
 
 def prompt_of(engine: FakeEngine) -> str:
     return TOKENIZER.decode(engine.orders[-1]["prompt"][0])
+
+
+def run(coroutine, timeout_s=20):
+    return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
+
+
+async def send_body(app, messages, headers=(), path=CHAT, key="ck-web"):
+    """Drive the application by hand; messages are (delay in s, ASGI message). Returns what it sent."""
+    sent, waiting = [], iter(messages)
+
+    async def receive():
+        delay, message = next(waiting, (60, None))
+        await asyncio.sleep(delay)
+        return message
+
+    async def send(message):
+        sent.append(message)
+
+    pairs = [(b"content-type", b"application/json"), *headers]
+    if key is not None:
+        pairs.append((b"authorization", f"Bearer {key}".encode()))
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": pairs}
+    await app(scope, receive, send)
+    return sent
+
+
+def body_part(content: bytes, more: bool = False):
+    return {"type": "http.request", "body": content, "more_body": more}

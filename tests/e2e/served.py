@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -64,9 +65,13 @@ class Server:
 
     def wait(self) -> None:
         end = time.monotonic() + START_S
-        while "ready" not in self._log.read_text():
-            assert self.process.poll() is None and time.monotonic() < end, self._log.read_text()[-4000:]
+        while "ready" not in self.said():
+            assert self.process.poll() is None and time.monotonic() < end, self.said()[-4000:]
             time.sleep(1)
+
+    def said(self) -> str:
+        """What stands in its terminal."""
+        return self._log.read_text()
 
     def replicas(self) -> list[psutil.Process]:
         """The vLLM servers' processes."""
@@ -83,7 +88,7 @@ class Server:
             return self.process.wait(90)
         finally:
             for child in children:
-                if child.is_running():
+                with contextlib.suppress(psutil.NoSuchProcess):
                     child.kill()
 
     def client(self, key: str, timeout: float = 120) -> httpx.Client:

@@ -20,7 +20,8 @@ NO_SUCH_TOKEN = -7
 
 @pytest.fixture(scope="module")
 def job(tiny, tmp_path_factory):
-    return config.parse(config.Job, tiny_job(tiny, tmp_path_factory.mktemp("run")), where="t")
+    root, few_at_once = tmp_path_factory.mktemp("run"), {"generate.batch_size": 8}  # so few that the row is soon alone
+    return config.parse(config.Job, tiny_job(tiny, root, few_at_once), where="t")
 
 
 @pytest.fixture(scope="module")
@@ -33,6 +34,7 @@ def poisoned(ids):
     return [*ids[:-1], NO_SUCH_TOKEN, ids[-1]]
 
 
+@pytest.mark.soak
 def test_generation_sets_the_row_aside(job, prepared, tmp_path, monkeypatch):
     spec, renderer = prepared
     turns = [[{"role": "user", "content": f"question {i}"}] for i in range(8)]
@@ -58,6 +60,7 @@ def test_generation_sets_the_row_aside(job, prepared, tmp_path, monkeypatch):
     assert "alone with it the engine ended: " in bad["detail"] and "Error" in bad["detail"]
 
 
+@pytest.mark.soak
 def test_a_persistent_pool_replaces_its_engine(job, prepared):
     spec, renderer = prepared
     prompts = [renderer.render([{"role": "user", "content": f"question {i}"}]) for i in range(10)]

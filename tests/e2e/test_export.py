@@ -52,6 +52,7 @@ def plain_vllm(folder, base):
     return json.loads(found[0].removeprefix("RESULT "))
 
 
+@pytest.mark.soak
 def test_plain_vllm_renders_what_ctrlray_renders(plain_vllm, base, job):
     space = ControlSpace.of(job.control)
     turns = [{"role": "user", "content": "Tell me <|safety:1|> about tea."}]
@@ -59,10 +60,12 @@ def test_plain_vllm_renders_what_ctrlray_renders(plain_vllm, base, job):
         assert plain_vllm["prompts"][json.dumps(asked)] == base.renderer(space).render(turns, cell)
 
 
+@pytest.mark.soak
 def test_plain_vllm_refuses_levels_outside(plain_vllm):
     assert "safety must be one of [1, 2]" in plain_vllm["refused"]
 
 
+@pytest.mark.soak
 def test_no_control_token_in_ten_thousand(plain_vllm, base):
     assert len(plain_vllm["sampled"]) >= 10_000
     assert not set(plain_vllm["sampled"]) & set(base.control_ids)

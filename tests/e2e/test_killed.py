@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import yaml
 from ctrlray import config, pipeline, schema
 from tests.e2e.tiny_job import tiny_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = pytest.mark.timeout(1500)
 ROOT = Path(__file__).parent.parent.parent
 THREE = [{"name": n, "levels": 2} for n in ("brevity", "variety", "vowels")]
 SMALL_BLOCKS = {
@@ -87,7 +88,7 @@ def ids(run: pipeline.Run) -> dict[str, list[str]]:
 def data_files(folder: Path) -> dict[str, bytes]:
     """What stages after scoring make of their tables, without what tells the time: logs, checkpoints, seconds."""
     skipped = ("ray_train", "tensorboard", "result.json", "curves.json", "progress.json", "done.json", "report.html")
-    skipped += ("time.json", "starts")
+    skipped += ("time.json", "starts", "took", "in_flight")
     files = [f for s in AFTER_SCORING for f in (folder / s).rglob("*") if f.is_file()]
     return {str(f.relative_to(folder)): f.read_bytes() for f in files if not set(f.relative_to(folder).parts) & set(skipped)}
 
@@ -162,6 +163,7 @@ def adapter(root: Path) -> bytes:
     return next(root.glob("train/*/exmate/adapter/adapter.safetensors")).read_bytes()
 
 
+@pytest.mark.soak
 def test_training_that_was_killed_ends_with_the_parameters_of_an_undisturbed_one(whole, tiny, tmp_path):
     """Killed behind a snapshot; optimizer, schedule, data position and random numbers go on, to the bit."""
     root = tmp_path / "run"
@@ -177,6 +179,7 @@ def test_training_that_was_killed_ends_with_the_parameters_of_an_undisturbed_one
     assert [p["loss"] for p in curves[0]] == [p["loss"] for p in curves[1]]  # each step once, on the same examples
 
 
+@pytest.mark.soak
 def test_stages_after_scoring_are_byte_identical(whole, tiny, tmp_path):
     """On the same tables, in another run root: examples, adapter, grid, metrics, exported model, and the same report twice."""
     here, root = Path(whole.storage.path()), tmp_path / "run"
@@ -201,17 +204,28 @@ BEGINNINGS = {
 }
 
 
-OFTEN = ("generate", "train")
-"""Actors of Ray Data and of Ray Train; the others' stages are of the same kinds."""
+def first_often(stages: Iterable[str]) -> list[Any]:
+    """The first is ready for in a blink, so `make test` has it; the others follow a whole run, in `make soak`."""
+    first, *others = stages
+    return [pytest.param(first, marks=pytest.mark.slow), *(pytest.param(s, marks=pytest.mark.soak) for s in others)]
 
 
-@pytest.mark.parametrize("stage", [s if s in OFTEN else pytest.param(s, marks=pytest.mark.soak) for s in BEGINNINGS])
-def test_ctrl_c_stops_a_running_stage(whole, tiny, tmp_path, stage):
+def job_before(stage: str, model: Path, folder: Path, request: pytest.FixtureRequest) -> Path:
+    """A job whose stages before `stage` are those of the undisturbed run."""
+    job = write_job(folder, model, folder / "run")
+    if stage == "generate":
+        finish(job, "prompts")
+    else:
+        for done in pipeline.STAGES[: pipeline.STAGES.index(stage)]:
+            shutil.copytree(Path(request.getfixturevalue("whole").storage.path()) / done, folder / "run" / done)
+    return job
+
+
+@pytest.mark.parametrize("stage", first_often(BEGINNINGS))
+def test_ctrl_c_stops_a_running_stage(tiny, private_cache, tmp_path, request, stage):
     """The whole process group gets SIGINT, as from a terminal."""
     root, log = tmp_path / "run", tmp_path / "log.txt"
-    for done in pipeline.STAGES[: pipeline.STAGES.index(stage)]:
-        shutil.copytree(Path(whole.storage.path()) / done, root / done)
-    job = write_job(tmp_path, tiny, root)
+    job = job_before(stage, tiny, tmp_path, request)
     process = start(job, stage, log)
     while BEGINNINGS[stage] not in log.read_text():
         assert process.poll() is None, log.read_text()
@@ -227,13 +241,10 @@ def test_ctrl_c_stops_a_running_stage(whole, tiny, tmp_path, stage):
     assert not list(root.glob(f"{stage}/*/result.json"))
 
 
-@pytest.mark.parametrize("stage", ["prompts", "distill", "export", "report"])
-def test_ctrl_c_in_stages_without_actors(whole, tiny, tmp_path, stage):
+@pytest.mark.parametrize("stage", first_often(["prompts", "distill", "export", "report"]))
+def test_ctrl_c_in_stages_without_actors(tiny, private_cache, tmp_path, request, stage):
     """These last no longer than a blink, so the test holds them up."""
-    root = tmp_path / "run"
-    for done in pipeline.STAGES[: pipeline.STAGES.index(stage)]:
-        shutil.copytree(Path(whole.storage.path()) / done, root / done)
-    job = write_job(tmp_path, tiny, root)
+    job = job_before(stage, tiny, tmp_path, request)
     code = (
         "import time, os, signal; from ctrlray import cli, pipeline; runners = dict(pipeline._RUNNERS)\n"
         "def slow(current, progress): print('now', flush=True); time.sleep(60)\n"

@@ -54,6 +54,9 @@ def test_every_stage_accounts_for_its_rows(run):
     assert results["generate"]["rows_out"] == 32 and results["score"]["rows_out"] == 32
     for stage, r in results.items():
         assert r["rows_in"] == r["rows_out"] + sum(r["dropped"].values()) + sum(r["quarantined"].values()), stage
+    for before, after in (("generate", "score"), ("score", "distill"), ("distill", "train")):
+        assert results[before]["rows_out"] == results[after]["rows_in"]
+    assert all(results["train"]["facts"][m]["examples"] == results["distill"]["rows_out"] for m in ("clm", "exmate"))
     manifest = run.storage.read_json("manifest.json")
     assert set(manifest["stages"]) == set(pipeline.STAGES) and manifest["versions"]["ray"]
 
@@ -68,6 +71,12 @@ def test_both_objectives_trained_on_two_ranks(run):
         assert gaps.num_rows and set(gaps["method"].to_pylist()) == {method}
 
 
+def test_curves_are_there_for_tensorboard(run):
+    for method in ("clm", "exmate", "ppo"):
+        events = list(Path(run.out("train").sub(method).path("tensorboard")).glob("events.out.tfevents.*"))
+        assert events and all(f.stat().st_size for f in events), method
+
+
 def test_reinforcement_on_two_ranks_samples_while_it_trains(run):
     """ZeRO-2 and one step of staleness: rollouts of step k (from 0) come from version k - 1 or k."""
     place = run.out("train").sub("ppo")
@@ -77,7 +86,8 @@ def test_reinforcement_on_two_ranks_samples_while_it_trains(run):
     curve = place.read_json("curves.json")
     assert [p["used"] for p in curve] == [8, 8, 8]
     assert [p["staleness"] for p in curve] == [step - versions[step] for step in range(3)]
-    assert curve[0]["mismatch"] < 1e-3 and curve[-1]["kl"] > 1e-4
+    # the mean log-ratio of eight answers, sampled a step before, is no KL yet: it is somewhere off 0, where the policy has moved
+    assert curve[0]["mismatch"] < 1e-3 and abs(curve[0]["kl"]) < 1e-4 < abs(curve[-1]["kl"])
 
 
 def test_grid_is_complete_and_start_ignores_the_dial(run):

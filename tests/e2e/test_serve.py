@@ -31,7 +31,7 @@ BRIEF, BRIEF_HASH = mint()
 
 def policy(**web):
     own = {"name": "web", "hash": WEB_HASH, "attributes": {"variety": {"low": 2}}} | web
-    admin = {"name": "admin", "hash": ADMIN_HASH, "completions": True, "choices": 64}
+    admin = {"name": "admin", "hash": ADMIN_HASH, "completions": True, "choices": 64, "metrics": True}
     return yaml.safe_dump({"keys": [admin, own, {"name": "brief", "hash": BRIEF_HASH, "max_tokens": 20}]})
 
 
@@ -254,7 +254,7 @@ def connection(server):
 
 
 def test_bodies_that_are_long_or_slow_are_refused(server, web):
-    assert web.post(CHAT, content=b" " * 10_000_001).status_code == 413
+    assert web.post(CHAT, content=b" " * 10_000_000).status_code == 413
     head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {WEB}\r\nContent-Length: 100\r\n\r\n"
     with connection(server) as slow:
         slow.sendall(head.encode() + b"{")
@@ -279,16 +279,32 @@ def test_headers_that_trickle_in_are_given_up(server):
         assert 15 < time.monotonic() - begun < 35
 
 
-def test_policy_is_read_again(policy_file, web):
+def test_policy_is_read_again(server, policy_file, web, admin):
+    def put(text):
+        policy_file.write_text(text)
+        assert web.get("/v1/models").status_code == 200  # the replica sees that the file has changed
+        time.sleep(1.5)  # it takes a file that is left alone
+
+    def told(text):
+        end = time.monotonic() + 10
+        while f"policy   the policy file is {text}" not in server.said():
+            assert time.monotonic() < end, server.said()
+            time.sleep(0.2)
+
     assert web.post(CHAT, json=ask(max_tokens=2)).status_code == 200
-    policy_file.write_text(policy(max_tokens=1))
+    put(policy(max_tokens=1))
     assert web.post(CHAT, json=ask(max_tokens=2)).status_code == 403
-    policy_file.write_text("keys: nonsense")
+    put("keys: nonsense")
     assert web.post(CHAT, json=ask(max_tokens=2)).status_code == 403
-    policy_file.write_text(policy())
+    assert metric(admin, "ctrlray_policy_file_broken") == 1
+    told("not in force, the policy of before stays")
+    put(policy())
     assert web.post(CHAT, json=ask(max_tokens=2)).status_code == 200
+    assert metric(admin, "ctrlray_policy_file_broken") == 0
+    told("in force again")
 
 
+@pytest.mark.soak
 def test_replica_killed_mid_stream_ends_it_cleanly_and_comes_back(server, admin):
     (replica,) = server.replicas()
     with admin.stream("POST", CHAT, json=ask(max_tokens=1900, stream=True)) as answer:

@@ -7,7 +7,7 @@ import pytest
 from ctrlray import config, pipeline, runs
 from tests.e2e.tiny_job import tiny_job
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1500)]
 ONE = {
     "control": {"attributes": [{"name": "brevity", "levels": 2}]},
     "rewards": [{"type": "function", "target": "tests.fakes:length_reward", "attributes": ["brevity"]}],

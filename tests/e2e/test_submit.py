@@ -1,4 +1,4 @@
-"""`ctrlray submit` on a real `ray start --head` with a token: followed, left, stopped, resumed, its driver killed."""
+"""`ctrlray submit` and `ray job submit` on a real `ray start --head` with a token: followed, left, stopped, resumed, killed."""
 
 from __future__ import annotations
 
@@ -108,6 +108,15 @@ class Follower:
         return self.process.wait(timeout=timeout_s)
 
 
+def ray_job(head: Head, job: Path, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
+    """`ray job VERB`, as without ctrlray on this side, from another folder than the job's."""
+    where = ["--working-dir", str(job.parent / "code")] if verb == "submit" else []
+    command = [BIN / "ray", "job", verb, "--address", head.address, *where, *words]
+    elsewhere = job.parent / "elsewhere"
+    environment = head.environment | {"RAY_AUTH_MODE": "token"}  # which Ray's own command wants to be told
+    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=200)
+
+
 def drivers(head: Head, run: Path) -> list[psutil.Process]:
     """Driver processes of the job, without their keeper."""
     found = []
@@ -118,6 +127,7 @@ def drivers(head: Head, run: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.soak
 def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny: Path, tmp_path: Path) -> None:
     root = tmp_path / "run"
     (tmp_path / "code").mkdir()
@@ -154,3 +164,23 @@ def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny:
     assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
     assert len(list(root.glob("*/*/result.json"))) == 8 and list(root.glob("report.html"))
     assert re.search(r"^generate .*finished before, unchanged", resumed.text(), re.M)
+
+
+def test_a_job_without_ctrlray_on_this_side(head: Head, tiny: Path, tmp_path: Path) -> None:
+    """`ray job submit -- ctrlray ...`: what it says, what was done before, and errors stand in `ray job logs`."""
+    for folder in ("code", "elsewhere"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "code" / "my_rewards.py").write_text(REWARD)
+    reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
+    raw = tiny_job(tiny, tmp_path / "run", {"rewards": [reward]})
+    job = tmp_path / "job.yaml"
+    job.write_text(yaml.safe_dump(raw))
+    for name in ("first", "again"):
+        done = ray_job(head, job, "submit", "--submission-id", name, "--", "ctrlray", "prompts", str(job))
+        assert done.returncode == 0, done.stdout + done.stderr
+    logs = [ray_job(head, job, "logs", name).stdout for name in ("first", "again")]
+    assert re.search(r"^prompts .*\d+/\d+ rows", logs[0], re.M) and "finished before" not in logs[0], logs[0]
+    assert re.search(r"^prompts .*finished before, unchanged", logs[1], re.M), logs[1]
+    job.write_text(yaml.safe_dump(raw | {"train": raw["train"] | {"epochs": "many"}}))
+    assert ray_job(head, job, "submit", "--submission-id", "wrong", "--", "ctrlray", "pipeline", str(job)).returncode == 1
+    assert "train.epochs" in ray_job(head, job, "logs", "wrong").stdout

@@ -179,6 +179,7 @@ def until(there, what):
         time.sleep(0.02)
 
 
+@pytest.mark.soak
 def test_real_engines_compute_with_what_a_trainer_sends(engines, base, tmp_path):
     """Two of them, twice in place; then one is killed at work, and its successor gets the weights in force."""
     prompts = questions(base, ["hi", "what is the matter with you?"])

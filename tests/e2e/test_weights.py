@@ -136,6 +136,7 @@ def test_settings_of_one_prompt_share_its_cached_prefix(engines, base):
     assert engines.hit_rate() > max(first, 0.0)
 
 
+@pytest.mark.soak
 def test_an_engine_killed_at_work_is_replaced_with_the_weights_in_force(engines, base):
     adapter, card = random_adapter(base, seed=4, size=0.3)
     engines.load_adapter(adapter, card, 4)
@@ -160,6 +161,7 @@ def test_an_engine_killed_at_work_is_replaced_with_the_weights_in_force(engines,
     assert before == [a.token_ids for a in engines.generate(prompts, GREEDY, batch_size=8)]
 
 
+@pytest.mark.soak
 def test_smollm2_is_replaced_in_place_within_its_time(engines, local_ray):
     """134 million parameters in float32: from tensors in the caller's hands to proved weights in the engine."""
     engines.close()  # two engines would share two cores

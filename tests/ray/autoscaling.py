@@ -1,8 +1,9 @@
 """Run by test_autoscaling in a process of its own: generation with scoring behind it on spot nodes that come and go.
 
-The cluster starts with none of them. Each engine notes when it is up and when it begins and ends a batch. The first batches
-wait for all engines that the pool may have; after a quarter of the rows a node is taken away whose engine holds a batch; the
-last batch waits for the pool to shrink to its minimum. What was seen is printed as one line of JSON.
+The cluster starts with none of them. Each engine notes when it is up and when it begins and ends a batch. It answers one, by
+which Ray Data learns how many engines the work needs, and then waits for all that the pool may have; after a quarter of the
+rows a node is taken away whose engine holds a batch; the last batch waits for the pool to shrink to its minimum. Ray Data keeps
+asking for its nodes until the stage is over, so they go after that. What was seen is printed as one line of JSON.
 """
 
 from __future__ import annotations
@@ -24,13 +25,15 @@ from ctrlray.quiet import quiet_ray
 from ctrlray.stages import generate, score
 from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows
-from tests.ray.fake_nodes import alive, fake_nodes, take_away, wait_until
+from tests.ray.fake_nodes import alive, fake_nodes, running, take_away, wait_until
 from tests.unit.test_generate import Bytes
 
-PROMPTS, BATCH, ENGINES, PATIENCE_S = 160, 2, 3, 150
+PROMPTS, BATCH, ENGINES, PATIENCE_S = 160, 2, 3, 300
 LONG = "word " * 15_000
 """Answers so long that a block of two lies in the object store of its engine's node, not in the driver."""
 NOTES = "notes"
+NOTES_AT = "CTRLRAY_TEST_NOTES"
+"""Environment variable with their folder, for the reward."""
 
 
 class Engine:
@@ -49,8 +52,9 @@ class Engine:
 
     def generate(self, prompts, sampling, max_tokens):
         self.note("begin", prompts)
-        if not (self._notes / "all_up").exists():
+        if self._asked:  # Ray Data asks for no more nodes before it has seen a block of this pool
             wait_until((self._notes / "all_up").exists, PATIENCE_S)
+        self._asked += 1
         wait_until(lambda: not (self._notes / "hold").exists(), PATIENCE_S)
         if any(b"last" in bytes(p) for p in prompts):
             wait_until((self._notes / "shrunk").exists, PATIENCE_S)
@@ -63,15 +67,20 @@ class Engine:
 
 
 class Generate(generate.GenerateBatch):
-    def __init__(self, spec, sampling, out, where):
+    def __init__(self, spec, sampling, out, where, max_restarts):
         self._engine = Engine(Path(out.path(NOTES)))
         self._sampling, self._out, self._where = sampling, out, where
         self._journal = Journal(out.sub(IN_FLIGHT))
+        self._journal.start(max_restarts)
 
 
 def length(conversations, responses):
-    """Slower than three engines, so that answered blocks wait where they were made."""
-    time.sleep(0.3)
+    """Slower than three engines once they are up, so that answered blocks wait where they were made.
+
+    Before that it is faster: Ray Data asks for no engine whose answers would only wait.
+    """
+    if Path(os.environ[NOTES_AT], "all_up").exists():
+        time.sleep(0.3)
     return [float(len(r)) for r in responses]
 
 
@@ -117,7 +126,8 @@ class Story(threading.Thread):
         self._take_one_away()
         rest = lambda: PROMPTS - len(answered(self._out))  # noqa: E731
         wait_until(lambda: rest() <= BATCH, PATIENCE_S)
-        self.seen["shrunk"] = wait_until(lambda: alive("spot") == 1, PATIENCE_S)
+        engines = lambda: len(running({n["pid"] for n in notes(self._folder)}))  # noqa: E731
+        self.seen["shrunk"] = wait_until(lambda: engines() == 1, PATIENCE_S)
         self.seen["left_when_shrunk"] = rest()
         (self._folder / "shrunk").touch()
 
@@ -141,6 +151,7 @@ def main(folder):
     names = [f"question {i}" for i in range(PROMPTS - 1)] + ["last"]
     prompts = [{"prompt_id": n, "messages": [{"role": "user", "content": n}], "source": "s", "split": "train"} for n in names]
     (folder / "g" / NOTES).mkdir(parents=True)
+    os.environ[NOTES_AT] = str(folder / "g" / NOTES)  # nodes inherit it, and their workers
     node = {"resources": {"CPU": 1, "GPU": 1, "spot": 1, "object_store_memory": 150 * 2**20}, "node_config": {}}
     with fake_nodes(folder, {"spot": node | {"min_workers": 0, "max_workers": ENGINES}}):
         story = Story(gen)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,29 @@ ROOT = Path(__file__).parent.parent.parent
 IDLE_S = 6
 HEAD = "ray.head.default"
 COMMANDS = ("initialization", "setup", "head_setup", "worker_setup", "head_start_ray", "worker_start_ray")
+SMALL = {"CPU": 1}
 AUTOSCALER_V2 = "RAY_enable_autoscaler_v2"  # the one that `ray up` and KubeRay start
 
 
 @contextmanager
-def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Iterator[None]:
-    """A head of one CPU and no other node, connected to; `node_types` are what the autoscaler may start."""
+def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]], head: Mapping[str, int] = SMALL) -> Iterator[None]:
+    """A head and no other node, connected to; `node_types` are what the autoscaler may start."""
     of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
     of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
     os.environ |= of_all | of_head
     try:
-        common = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
-        parameters = RayParams(num_cpus=1, object_store_memory=300 * 2**20, no_monitor=True, **common)
-        head = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)  # its processes end with this one
+        common: dict[str, Any] = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}
+        common |= {"num_cpus": head["CPU"], "num_gpus": head.get("GPU", 0), "object_store_memory": 300 * 2**20}
+        named = {k: v for k, v in head.items() if k not in ("CPU", "GPU")}
+        parameters = RayParams(resources=named, no_monitor=True, **common)
+        node = Node(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)  # its processes end with this one
         for name in of_head:  # the monitor passes its environment on to the nodes that it starts
             del os.environ[name]
         config = folder / "cluster.json"
-        config.write_text(json.dumps(cluster_file(head.gcs_address, node_types)))
+        config.write_text(json.dumps(cluster_file(node.gcs_address, node_types, head)))
         parameters.autoscaling_config = str(config)
-        head.start_monitor()
-        ray.init(address=head.gcs_address, log_to_driver=False, logging_level="ERROR")
+        node.start_monitor()
+        ray.init(address=node.gcs_address, log_to_driver=False, logging_level="ERROR")
         yield
     finally:
         processes = psutil.Process().children(recursive=True)
@@ -51,8 +54,8 @@ def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]]) -> Ite
         end(processes)
 
 
-def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    head = {"resources": {"CPU": 1}, "node_config": {}, "max_workers": 0}
+def cluster_file(gcs_address: str, node_types: Mapping[str, Mapping[str, Any]], resources: Mapping[str, int]) -> dict[str, Any]:
+    head = {"resources": dict(resources), "node_config": {}, "max_workers": 0}
     return {
         "cluster_name": "fake",
         "max_workers": sum(t["max_workers"] for t in node_types.values()),
@@ -88,9 +91,19 @@ def take_away(worker: int) -> None:
     end([raylet, *raylet.children(recursive=True)])
 
 
+def running(pids: Iterable[int]) -> set[int]:
+    """Of these processes, those that have not ended."""
+    there = set()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
+                there.add(pid)
+    return there
+
+
 def end(processes: list[psutil.Process]) -> None:
     for process in processes:
-        if process.is_running():
+        with suppress(psutil.NoSuchProcess):  # it ended by itself, as what it belonged to did
             process.kill()
     psutil.wait_procs(processes, timeout=20)
 

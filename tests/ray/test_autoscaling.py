@@ -14,7 +14,7 @@ from ctrlray import schema
 from ctrlray.tables import Storage
 from tests.ray.autoscaling import BATCH, ENGINES, PROMPTS
 
-pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
 ROOT = Path(__file__).parent.parent.parent
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 def seen(folder):
     """One run of the whole story: what it saw of nodes and engines."""
     command = [sys.executable, "-m", "tests.ray.autoscaling", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=800)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     line = next(x for x in done.stdout.splitlines() if x.startswith("SEEN "))
     return json.loads(line.removeprefix("SEEN "))
@@ -42,16 +42,17 @@ def test_queued_work_brings_nodes_up(seen):
     assert seen["all_up"] and seen["nodes_at_most"] == ENGINES
 
 
-def test_an_idle_pool_goes_down_to_its_minimum_and_its_nodes_with_it(seen):
-    """While the last batch is held by one engine; when that is done too, the last node goes."""
+def test_an_idle_pool_goes_down_to_its_minimum_and_idle_nodes_go(seen):
+    """Engines while one of them holds the last batch; nodes when the stage is over."""
     assert seen["shrunk"] and 0 < seen["left_when_shrunk"] <= BATCH
     assert seen["emptied"]
 
 
 def test_generation_and_scoring_overlap(seen, folder):
+    """The batch that a node took with it was answered in parts, so it has more than one file."""
     answered = sorted(p.stat().st_mtime for p in (folder / "g" / "responses").glob("*.parquet"))
     scored = sorted(p.stat().st_mtime for p in (folder / "s" / "scores").glob("*.parquet"))
-    assert len(answered) == len(scored) == PROMPTS // BATCH
+    assert len(answered) >= len(scored) == PROMPTS // BATCH
     assert scored[0] < answered[len(answered) // 4]
 
 

@@ -43,6 +43,8 @@ def job(tmp_path, likelihood="clm", **evaluate):
 class Plain:
     """Renders a conversation as its length, and the levels."""
 
+    special_ids = frozenset()
+
     def render(self, messages, levels=None):
         return [len(messages[-1]["content"]), *(levels or ())]
 
@@ -66,9 +68,11 @@ class FakePool:
         self.loads.append(folder)
         self.weights_version += 1
 
-    def generate(self, prompts, sampling, batch_size, progress):
+    def generate(self, prompts, sampling, batch_size, done):
         self.asked.append((self.weights_version, len(prompts)))
-        return [self.answer(p, i) for i, p in enumerate(prompts)]
+        for i, prompt in enumerate(prompts):
+            if (made := self.answer(prompt, i)) is not None:
+                done([i], [made])
 
     def answer(self, prompt, i):
         size, *levels = prompt
@@ -216,6 +220,7 @@ def check_measures(out):
     assert [p["judge"] for p in course["points"]] != [p["reward"] for p in course["points"]]
 
 
+@pytest.mark.slow
 def test_a_job_without_judges_asks_for_no_pool_and_writes_none_of_theirs(local_ray, pool, tmp_path):
     made = job(tmp_path, sets=[]).model_copy(update={"rewards": job(tmp_path).rewards[1:]})
     inputs = given(tmp_path)._replace(pool=lambda: pytest.fail("only judges need it"))

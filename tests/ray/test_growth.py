@@ -17,6 +17,7 @@ def growing(*args):
     return done.stdout
 
 
+@pytest.mark.soak
 def test_a_job_waits_for_the_node_it_needs(tiny):
     said = growing(str(tiny), "grows", "60")
     assert "note: waiting for the cluster to grow: train needs 2 CPUs, the cluster has 1" in said

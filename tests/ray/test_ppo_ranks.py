@@ -17,7 +17,7 @@ from ctrlray.tables import Storage
 from ctrlray.train.ppo.rollouts import ROLLOUTS, part
 from tests import ranks
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]  # processes that each load and build DeepSpeed
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(600)]  # processes that each load and build DeepSpeed
 CODES = (5, 6)
 SPACE = ControlSpace.of(config.Control.model_validate({"attributes": [{"name": "brevity", "levels": 2}]}))
 LORA = config.LoRA(rank=4)

@@ -124,6 +124,7 @@ def test_a_snapshot_of_zero_3_on_two_ranks_goes_on_on_one(runs):
     close(load(runs, "1-0-4.safetensors"), load(runs, "resumed.safetensors"), 2e-5)
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_snapshot_of_one_rank_goes_on_on_two(runs, stage):
     ranks.run(2, go_on, runs, stage, "1-0-2.safetensors", 2, f"resumed-{stage}.safetensors")
@@ -175,6 +176,7 @@ def smollm(rank, num_ranks, folder, base):
         (folder / "curves.json").write_text(json.dumps(curves))
 
 
+@pytest.mark.soak
 def test_every_zero_stage_trains_the_embedded_model_alike(tmp_path):
     import json
 

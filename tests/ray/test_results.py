@@ -10,6 +10,7 @@ from ctrlray.stages import questions
 from ctrlray.tables import Storage, from_rows
 from tests.ray.test_evaluate import FakePool, given, job, prompt, run
 
+pytestmark = pytest.mark.soak
 TOOK = {"seconds": 60.0, "tokens": 100, "rows_out": 7}
 
 
@@ -85,7 +86,7 @@ def test_seeds_are_answers_to_the_same_prompts_and_baselines_are_of_the_first_ru
 def test_the_page_shows_it(measured):
     _, figures, facts = measured
     machine = {"cpu": "some CPU", "cores": "2", "memory": "12 GiB"}
-    text = results_page.section({"commit": "abc", "machine": machine, "figures": figures, **facts})
+    text = results_page.section({"run_commit": "abc", "machine": machine, "figures": figures, **facts})
     assert all(f"| {f['name']} | {f['target']} |" in text for f in figures)
     assert "### The brevity dial" in text and "- PPO ≥ ExMATE: **neither shown nor contradicted**" in text
     assert "- CLM ≥ prompting: **not measured**." in text and "| seed-1 | train | 1 min 00 s | 100 | 7 |" in text

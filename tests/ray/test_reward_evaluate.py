@@ -22,6 +22,7 @@ def job(folder, target, attributes, *sources):
     return RewardEvaluateJob(name="card", out=str(folder), reward=reward, sources=sources, batch_size=3)
 
 
+@pytest.mark.slow
 def test_two_outputs_against_pairs_and_ratings(local_ray, tmp_path):
     pairs = [{"prompt": f"q{i}", "chosen": "ab" if i else "long one", "rejected": "abcd"} for i in range(4)]
     rated = [{"prompt": "q", "response": "x" * n, "brevity": -n, "variety": 1} for n in (1, 2, 3, 4)]

@@ -80,7 +80,7 @@ def scorer_of(job: RewardTrainJob) -> HFScorer:
     return HFScorer(config.HFReward(model=str(job.folder / job.name), attributes=names))
 
 
-@pytest.mark.parametrize("lora", [LoRA(rank=4, alpha=8), None], ids=["lora", "full"])
+@pytest.mark.parametrize("lora", [LoRA(rank=4, alpha=8), pytest.param(None, marks=pytest.mark.soak)], ids=["lora", "full"])
 def test_a_word_that_wins_is_learned(local_ray, tiny, tmp_path, lora):
     job = make_job(tmp_path, tiny, [pair_files(tmp_path, 96)], lora=lora, margin="rows")
     card = finetune(job)
@@ -105,6 +105,7 @@ def test_a_word_that_wins_is_learned(local_ray, tiny, tmp_path, lora):
     assert AutoTokenizer.from_pretrained(folder).model_max_length == 64 == scorer.encode.max_tokens
 
 
+@pytest.mark.soak
 def test_ratings_of_several_attributes_come_back_in_their_units(local_ray, tiny, tmp_path):
     train, valid = write_ratings(tmp_path / "t.jsonl", 120, 1), write_ratings(tmp_path / "v.jsonl", 40, 2)
     files = [LabelFiles(name=name, train=train, valid=valid) for name in ("kind", "curt")]
@@ -136,6 +137,7 @@ def classifier(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.soak
 def test_two_ranks_equal_one(local_ray, tmp_path):
     """Seven pairs of uneven length, in more micro batches than ranks; losses of both steps, and all weights after them."""
     model, curves, weights = classifier(tmp_path / "model"), [], []
@@ -180,6 +182,7 @@ def test_mistakes_are_named(local_ray, tiny, tmp_path):
         evaluation_of(str(job), [], [])
 
 
+@pytest.mark.soak
 def test_train_and_evaluate_from_the_command_line(local_ray, tiny, tmp_path):
     job = make_job(tmp_path, tiny, [pair_files(tmp_path, 32)], epochs=1)
     (tmp_path / "job.yaml").write_text(job.model_dump_json())

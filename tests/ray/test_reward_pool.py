@@ -60,6 +60,7 @@ def test_a_row_fails_alone_and_is_not_given_to_the_next_reward():
         assert np.isnan(columns["a"][[1, 2]]).all() and columns["a"][3] == 4.0 and np.isnan(columns["b"][1:4]).all()
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_actors_is_found_among_many():
     texts = [f"answer {i}" for i in range(20)]
     texts[13] = "kill"
@@ -70,10 +71,11 @@ def test_a_row_that_kills_actors_is_found_among_many():
         assert rewards.score(*ask(["on we go"]), batch_size=1)[1] == [""]
 
 
+@pytest.mark.slow
 def test_rewards_that_end_too_often_are_given_up():
-    said = r"tired-0: reward actors ended 2 times, more than score\.pool\.max_restarts=1 allows; the last one with: "
+    said = r"tired-0: reward actors ended 2 times in a row .*, more than score\.pool\.max_restarts=1 allows; the last one with: "
     with pool("tired", function("deadly_reward", "length"), max_restarts=1) as rewards, pytest.raises(ClusterError, match=said):
-        rewards.score(*ask(["kill", "a"]), batch_size=2)
+        rewards.score(*ask(["kill", "kill"]), batch_size=2)
 
 
 def test_scores_of_the_wrong_length_say_so_by_row():
@@ -83,14 +85,25 @@ def test_scores_of_the_wrong_length_say_so_by_row():
         assert columns["length"][1:].tolist() == [1.0, 3.0]
 
 
+def gone(name):
+    """Whether an actor ends soon: to kill one is a message."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            ray.get_actor(name)
+        except ValueError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_what_is_no_row_s_fault_reaches_the_caller_as_it_is():
     refused = pool("refused", function("length_reward", "brevity"), function("absent", "x"))
     with pytest.raises(ConfigError, match=r"tests\.fakes:absent.*has no attribute .absent") as caught:
         refused.__enter__()
     assert type(caught.value) is ConfigError
     for name in ("refused-0-0-0", "refused-1-0-0"):
-        with pytest.raises(ValueError, match=name):
-            ray.get_actor(name)
+        assert gone(name)
     with pool("lost", function("lost_reward", "x")) as rewards, pytest.raises(ClusterError, match=r"^no server at") as caught:
         rewards.score(*ask(["a", "lost"]), batch_size=2)
     assert type(caught.value) is ClusterError

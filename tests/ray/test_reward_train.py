@@ -93,6 +93,7 @@ def make_job(folder, **changes):
     return RewardTrainJob(name="tiny", out=str(folder), **settings)
 
 
+@pytest.mark.slow
 def test_train_score_and_refuse(model, local_ray, tmp_path):
     job = make_job(tmp_path)
     card = train_heads(job, read_pool(str(job.method.pool)), model)

@@ -10,11 +10,12 @@ import pyarrow as pa
 import pytest
 
 from ctrlray import config, models, schema
+from ctrlray.cli import _root_cause
 from ctrlray.control import ControlSpace
 from ctrlray.engine.engine import Completion, EngineSpec
+from ctrlray.errors import ClusterError
 from ctrlray.ledger import Silent
 from ctrlray.stages import generate, score
-from ctrlray.stages.journal import IN_FLIGHT, Journal
 from ctrlray.tables import Storage, from_rows
 from tests.fakes import tiny_tokenizer
 
@@ -40,10 +41,14 @@ class FakeEngine:
         return "Sorry."
 
 
-class FakeGenerate(generate.GenerateBatch):
-    def __init__(self, spec, sampling, out, where):
-        self._engine, self._sampling, self._out, self._where = FakeEngine(spec), sampling, out, where
-        self._journal = Journal(out.sub(IN_FLIGHT))
+class FakeSpec(EngineSpec):
+    """A recipe of fake engines."""
+
+    def environment(self):
+        return {}
+
+    def build(self):
+        return FakeEngine(self)
 
 
 class MortalEngine(FakeEngine):
@@ -59,10 +64,28 @@ def bytes_of(ids):
     return TOKENIZER.decode(ids).encode()
 
 
-class MortalGenerate(FakeGenerate):
-    def __init__(self, spec, sampling, out, where):
-        super().__init__(spec, sampling, out, where)
-        self._engine = MortalEngine(spec)
+class MortalSpec(FakeSpec):
+    def build(self):
+        return MortalEngine(self)
+
+
+class BrokenEngine(FakeEngine):
+    """Its process ends, without a word, whatever it is asked."""
+
+    def generate(self, prompts, sampling, max_tokens):
+        os._exit(1)
+
+
+class BrokenSpec(FakeSpec):
+    def build(self):
+        return BrokenEngine(self)
+
+
+class StillbornSpec(FakeSpec):
+    """Its process ends, without a word, before there is an engine."""
+
+    def build(self):
+        os._exit(1)
 
 
 def job(**extra):
@@ -86,9 +109,8 @@ def base(tiny, private_cache):
     return models.prepare(config.Model(name=str(tiny)), SPACE, ["hello there"])
 
 
-def sample(job, prompts, base, out, monkeypatch, then=None, actor=FakeGenerate):
-    monkeypatch.setattr(generate, "GenerateBatch", actor)
-    spec = EngineSpec(base.folder, "float32", 1024, job.generate.engine)
+def sample(job, prompts, base, out, then=None, kind=FakeSpec):
+    spec = kind(base.folder, "float32", 1024, job.generate.engine)
     renderer = base.renderer(SPACE)
     patience = generate.patience("generate", job.cluster.stall_timeout_s, generate.journals(out))
     return generate.run(prompts, job.generate, spec, renderer, "f", out, Silent(), patience, then).check("generate")
@@ -105,11 +127,11 @@ def test_requests_by_hand(prompts, base):
     assert set(refused["error"].to_pylist()) == {"prompt_too_long"}
 
 
-def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, monkeypatch):
+def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path):
     """The first score is on storage before half of the answers are."""
     made, gen, sc = job(), Storage(str(tmp_path / "g")), Storage(str(tmp_path / "s"))
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
-    result = sample(made, prompts, base, gen, monkeypatch, lambda ds: score.score_stream(ds, made, made.teachers, chats, sc))
+    result = sample(made, prompts, base, gen, lambda ds: score.score_stream(ds, made, made.teachers, chats, sc))
     assert result.rows_out == 64
     answered = sorted(p.stat().st_mtime for p in (tmp_path / "g" / "responses").glob("*.parquet"))
     scored = sorted(p.stat().st_mtime for p in (tmp_path / "s" / "scores").glob("*.parquet"))
@@ -123,9 +145,9 @@ def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path, mon
 
 
 @pytest.mark.slow
-def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, prompts, base, tmp_path, monkeypatch):
+def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, prompts, base, tmp_path):
     made, out = job(), Storage(str(tmp_path))
-    result = sample(made, prompts, base, out, monkeypatch, actor=MortalGenerate)
+    result = sample(made, prompts, base, out, kind=MortalSpec)
     assert result.rows_out == 62 and result.quarantined == {"process_died": 2}
     guilty = schema.prompt_id([{"role": "user", "content": "question 7"}])
     bad = {r["row_id"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
@@ -133,18 +155,39 @@ def test_rows_that_kill_engines_are_set_aside_and_the_rest_goes_on(local_ray, pr
     assert bad == {r["response_id"] for r in requests if r["prompt_id"] == guilty and r["behaviour"] == "b"}
     answered = out.read_table("responses", schema.RESPONSES)["response_id"].to_pylist()
     assert len(set(answered)) == len(answered) == 62
-    assert sample(made, prompts, base, out, monkeypatch).rows_out == 62  # they are not tried again
+    assert sample(made, prompts, base, out).rows_out == 62  # they are not tried again
 
 
 @pytest.mark.slow
-def test_restart_samples_only_what_is_missing(local_ray, prompts, base, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("kind", "last"),
+    [(BrokenSpec, "the process ended without a word"), (StillbornSpec, "the process ended before it took up work")],
+)
+def test_an_engine_that_ends_on_everything_ends_the_stage(local_ray, prompts, base, tmp_path, kind, last):
+    """Eight rows, then, in the only restart, the first of them alone; or none at all."""
+    made, out = job(), Storage(str(tmp_path))
+    once = made.generate.pool.model_copy(update={"max_restarts": 1})
+    made = made.model_copy(update={"generate": made.generate.model_copy(update={"pool": once})})
+    with pytest.raises(Exception) as caught:
+        sample(made, prompts, base, out, kind=kind)
+    error = _root_cause(caught.value)
+    assert isinstance(error, ClusterError)
+    text = str(getattr(error, "cause", None) or error)
+    assert "ended 2 times in a row" in text and "pool.max_restarts=1 allows" in text and last in text and "0 rows" in text
+    assert out.read_table("responses", schema.RESPONSES).num_rows == 0
+    assert out.read_table("quarantine", schema.QUARANTINE).num_rows == 0
+    assert sample(made, prompts, base, out).rows_out == 64  # once it is mended the same command goes on
+
+
+@pytest.mark.slow
+def test_restart_samples_only_what_is_missing(local_ray, prompts, base, tmp_path):
     made, gen = job(), Storage(str(tmp_path))
-    sample(made, prompts, base, gen, monkeypatch)
+    sample(made, prompts, base, gen)
     ids = sorted(gen.read_table("responses", schema.RESPONSES)["response_id"].to_pylist())
     lost, *kept = sorted((tmp_path / "responses").glob("*.parquet"))
     before = {p: p.stat().st_mtime_ns for p in kept}
     lost.unlink()
-    assert sample(made, prompts, base, gen, monkeypatch).rows_out == 64
+    assert sample(made, prompts, base, gen).rows_out == 64
     again = gen.read_table("responses", schema.RESPONSES)["response_id"].to_pylist()
     assert sorted(again) == ids and max(Counter(again).values()) == 1
     assert all(p.stat().st_mtime_ns == before[p] for p in kept)

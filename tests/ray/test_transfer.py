@@ -85,7 +85,10 @@ def receive(engine, folder):
         w.join()
 
 
-@pytest.mark.parametrize("lora", [config.LoRA(rank=4, alpha=12), None], ids=["lora", "full"])
+FULL = pytest.param(None, marks=pytest.mark.soak)
+
+
+@pytest.mark.parametrize("lora", [config.LoRA(rank=4, alpha=12), FULL], ids=["lora", "full"])
 def test_every_engine_gets_the_whole_merge_a_layer_at_a_time(tiny, tmp_path, lora):
     """Equal to the bit to merging the file that the same trainer writes."""
     request = Request(Ranks(ENGINES, WIDTH), 0, "bfloat16", least=1, most=1)

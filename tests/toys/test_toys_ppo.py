@@ -33,7 +33,9 @@ def untrained(bench):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(
+    "estimator", [e if e == "rloo" else pytest.param(e, marks=pytest.mark.soak) for e in ESTIMATORS]
+)
 def test_an_estimators_reward_rises_within_a_few_steps(bench, untrained, estimator):
     before = {n: p.clone() for n, p in untrained.named_parameters()}
     trained, curves = reinforced(bench, toys_ppo.objective(estimator, toys_ppo.SCRATCH_RATE, 0.0, steps=FEW), untrained)

@@ -134,6 +134,7 @@ def test_a_load_that_finds_an_empty_storage_loses_nothing(page):
     assert page.locator("article:visible input:checked").count() == 0
 
 
+@pytest.mark.slow
 def test_two_windows_of_one_rater_show_the_same(page):
     other = page.context.new_page()
     other.goto(page.url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,11 @@ import pytest
 from benchmarks import __main__ as runner
 from benchmarks import performance, pipeline, registry, scale, scoring
 from benchmarks.common import figure
-from ctrlray import bench
+from benchmarks.simulation import BUSY, Simulation
+from ctrlray import bench, config
+from ctrlray.clock import note_start
 from ctrlray.errors import ConfigError
+from ctrlray.tables import Storage
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -112,13 +116,73 @@ def test_efficiency_counts_work_between_all_up_and_the_first_out_of_work():
     assert scale.efficiency([second]) == pytest.approx(1.0)
 
 
-def test_limits_name_how_many_engines_one_driver_carries():
-    """10 ms of the driver per block are 100 blocks/s; engines that take 10 s for a block are 1,000 of them."""
-    few = {"driver_cpu_s": 5.0, "blocks": 100, "rss_mib": 300.0}
-    many = {"driver_cpu_s": 15.0, "blocks": 1100, "rss_mib": 310.0}
-    first, memory, *_ = scale.limits({10: few, 1000: many}, rate=scale.BATCH * scale.TOKENS / 10)
-    assert "10.0 ms per block" in first and "One driver carries 1,000 such engines" in first
-    assert "10.2 KiB per block beside a base of 300 MiB" in memory
+FEW = {"blocks": 100, "rss_mib": 300.0, "store_mib": 1.0}
+MANY = {"blocks": 1101, "rss_mib": 310.0, "store_mib": 2.0, "stream_cpu_s": 11.0}
+
+
+def limits(shares):
+    """Engines take 10 s for a block, so that 1,000 of them bring 100 blocks/s; an actor takes 20."""
+    return scale.limits({10: FEW, 1000: MANY}, shares, scale.BATCH * scale.TOKENS / 10, 20.0)
+
+
+def test_a_simulated_engine_waits_for_all_and_notes_each_batch_with_its_seconds(tmp_path):
+    note_start(Storage(str(tmp_path)), 1.0)
+    spec = Simulation("m", "float32", 64, config.EngineSettings(), tokens_per_s=2400.0, answer_bytes=12, folder=str(tmp_path))
+    engine = spec.build()
+    for _ in range(2):
+        answers = engine.generate([[1]] * 3, config.Sampling(), [24] * 3)
+    (file,) = (tmp_path / BUSY).iterdir()
+    (_, first), (_, second) = (json.loads(line) for line in file.read_text().splitlines())
+    assert second == pytest.approx(3 * 24 / 2400) and 0 < first <= second
+    assert [(a.text, len(a.token_ids)) for (a,) in answers] == [("word word wo", 24)] * 3
+
+
+def test_limits_name_what_a_thousand_engines_need():
+    bring, scorer, driver, memory, store, gcs, _ = limits({1: 0.01, 11: 0.02})
+    assert "100 blocks/s" in bring
+    assert scorer.startswith("First, at 200 engines, a pool of one scorer") and "need 5 actors in score.pool" in scorer
+    assert driver.startswith("Then, at 991 engines, the driver's CPU")
+    assert "10.0 ms per block at 1,000 prompts, so 1.00 cores" in driver  # 11 s of CPU between 1,101 blocks
+    assert "10.2 KiB per block beside a base of 300 MiB" in memory and "1048 bytes per block" in store
+    assert "1,069 actors" in gcs
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({1: 0.01, 11: 0.02}, ["at 991 engines", "2.0% of a core with 11 engines and 0.10% for each", "1.01 cores", " 97 ("]),
+        ({10: 0.1}, ["First, at 100 engines", "1.00% for each further one, so 10.00 cores", "Blocks of 960"]),
+        ({1: 0.1, 11: 0.1}, ["at 1,000 engines", "0.00% for each further one, so 0.10 cores", "so 1.00 cores."]),
+    ],
+)
+def test_the_driver_is_full_by_engines_or_by_blocks_whichever_comes_first(shares, said):
+    (driver,) = (note for note in limits(shares) if "the driver's CPU" in note)
+    assert all(words in driver for words in said), driver
+
+
+def test_growth_of_the_store_counts_beside_the_answers(monkeypatch):
+    """A mebibyte more in the store for 900 more prompts of a thousand bytes each."""
+    runs = scale.Runs(None)
+    monkeypatch.setattr(runs, "run", lambda number: (FEW if number == 100 else MANY) | {"first_row_s": 9.0})
+    figures = {f["name"]: (f["measured"], f["met"]) for f in scale.memory(runs, [1000, 100])[0]}
+    assert figures["driver memory, 1,000 prompts / 100"] == (1.033, True)
+    name = "object store, from 100 prompts to 1,000: growth, of the answers' bytes"
+    assert figures[name] == (pytest.approx(2**20 / 900_000, abs=1e-4), False)
+
+
+def test_finished_runs_are_kept_and_not_run_again(tmp_path, monkeypatch):
+    kept, asked = tmp_path / "kept.json", []
+
+    def run(prompts, what):
+        asked.append((prompts, *what))
+        return {"rows": prompts, "others_cpu_percent": 3.0}
+
+    monkeypatch.setattr(scale, "_run", run)
+    first = scale.Runs(kept).run(10, rate=float("inf"))
+    again = scale.Runs(kept)
+    assert again.run(10, rate=float("inf")) == first and again.others == 3.0
+    again.run(11)
+    assert [a[0] for a in asked] == [10, 11] and list(tmp_path.iterdir()) == [kept]
 
 
 def test_notes_of_a_benchmark_stand_on_the_page():

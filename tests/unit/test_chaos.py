@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
-from benchmarks.chaos import core, page
+from benchmarks.chaos import compare, core, page, trial
 from benchmarks.chaos.compare import Difference, differ
 from benchmarks.chaos.driver import _simulated
-from benchmarks.chaos.job import BLOCKS, job
-from benchmarks.chaos.plan import CHILD, DRIVER, ENGINE, KINDS, REWARD, plan
+from benchmarks.chaos.job import BLOCKS, METHODS, job
+from benchmarks.chaos.nodes import GROUP
+from benchmarks.chaos.plan import CHILD, DRIVER, ENGINE, KINDS, REWARD, Where, plan
 from benchmarks.chaos.scene import Scene
 from benchmarks.chaos.simulated import SimulatedSpec
-from ctrlray import config
+from ctrlray import config, models, placement
 from ctrlray.engine.engine import EngineSpec
-from ctrlray.pipeline import Run
+from ctrlray.pipeline import STAGES, Run
+from ctrlray.stages.questions import methods
 from ctrlray.tables import Storage
 from tests.fakes import tiny_model
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_fifty_trials_kill_each_kind_five_times_in_all_its_places():
@@ -32,6 +39,12 @@ def test_fifty_trials_kill_each_kind_five_times_in_all_its_places():
         assert {t.where for t in mine} == set(places) and {t.victim for t in mine} == {victim}
         assert len({t.share for t in mine}) == 5  # at moments of their own
     assert [plan(number) for number in range(50)] == trials
+    assert all(t.where.stage in t.where.stages and "export" not in t.where.stages for t in trials)
+
+
+def test_a_victim_that_was_missed_is_looked_for_earlier():
+    first = plan(7)
+    assert first.earlier(0) == first and first.earlier(1).share == first.share / 2 and first.earlier(2).delay_s == 0
 
 
 def test_a_simulated_answer_follows_from_request_and_weights_alone():
@@ -63,24 +76,73 @@ def test_a_simulated_engine_answers_by_its_weights_and_ends_with_its_child(tiny,
     (first,), (second,) = engine.generate(prompts, sampling)
     assert engine.decode(first.token_ids).startswith(first.text) and first != second
     assert len(first.logprobs) == len(first.token_ids) <= 6 and first.logprob_sum == sum(first.logprobs)
+    assert engine.logp(prompts, [[5, 6], []])[1] == 0.0
+    at_first = engine.logp(prompts, [[5, 6], [7]])
+    assert at_first != engine.logp(prompts[::-1], [[5, 6], [7]]) and max(at_first) < 0
     held = engine.load_weights(str(tiny_model(tmp_path / "other", seed=1)), 3)
     assert held.version == 3 and held.probes and all(p.holds for p in held.probes.values())
     other = texts()
-    assert other != [first.text, second.text]
-    engine.load_weights(str(tiny), 4)
-    back = texts()
-    again = spec.build()
-    again.load_weights(str(tiny), 1)
-    assert back == [s[0].text for s in again.generate(prompts, sampling)] != other
-    again._core.kill()
+    assert other != [first.text, second.text] and engine.logp(prompts, [[5, 6], [7]]) != at_first
+    engine.load_weights(str(tiny), 4)  # what it started with: a rerun has the base without loading it
+    assert texts() == [first.text, second.text] and engine.logp(prompts, [[5, 6], [7]]) == at_first
+    engine._core.kill()
     with pytest.raises((RuntimeError, BrokenPipeError)):
-        again.generate(prompts, sampling)
+        engine.generate(prompts, sampling)
 
 
 def test_every_job_of_a_trial_has_as_many_blocks_as_it_says(tiny, tmp_path):
     for method in ("exmate", "ppo"):
         made = config.parse(config.Job, job(tiny, tmp_path, method, "127.0.0.1:1"), where="t")
         assert made.prompts.train * made.generate.samples == BLOCKS * made.generate.batch_size
+        assert len(methods(made)) == METHODS
+
+
+@pytest.mark.parametrize("method", ["exmate", "ppo"])
+def test_a_job_fits_on_what_is_left_of_its_cluster(tiny, tmp_path, method):
+    made = config.parse(config.Job, job(tiny, tmp_path, method, "127.0.0.1:1"), where="t")
+    head, other = placement.Node(1, 0, 8.0), placement.Node(2, 0, 8.0, frozenset({GROUP}))
+    groups = placement.plan(made, models.shape(tiny))
+    assert placement.misfit(made, groups, [head, other]) is None
+    assert "too few" in str(placement.misfit(made, groups, [head]))
+
+
+def test_the_driver_stops_behind_its_last_stage_as_the_command_line_would(tiny, tmp_path):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job(tiny, tmp_path / "run", "exmate")))
+    command = [sys.executable, "-m", "benchmarks.chaos.driver", str(tmp_path / "job.yaml"), "prompts"]
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    made = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert [s for s in STAGES if (tmp_path / "run" / s).exists()] == ["prompts"]
+    where = Where("exmate", "prompts", "prompts", "prompts")
+    found = compare.rows(tmp_path, where)
+    assert found.keys() == {"prompts"} and len(found["prompts"]) == 18
+    assert compare.differ(found, found) == compare.NONE and compare.unaccounted(tmp_path, where) == []
+
+
+def test_what_a_driver_leaves_behind_ends_with_its_session():
+    orphan = "import os, subprocess, sys, time; p = subprocess.Popen(['sleep', '600'], process_group=0); print(p.pid, flush=True)"
+    leader = subprocess.Popen([sys.executable, "-c", orphan], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert leader.stdout is not None
+    left = psutil.Process(int(leader.stdout.readline()))
+    leader.wait(timeout=20)
+    with trial.none_left([leader]):
+        assert left.is_running()
+    assert not left.is_running() or left.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_hangs_is_no_success(monkeypatch):
+    monkeypatch.setattr(trial, "MOST_S", 0.1)
+    assert trial.finish(subprocess.Popen(["sleep", "600"], start_new_session=True)) == -9
+
+
+def test_compiled_extensions_are_copied_without_the_lock_of_who_loads_them(monkeypatch, tmp_path):
+    theirs = tmp_path / "theirs" / "op"
+    theirs.mkdir(parents=True)
+    for name in ("op.so", "lock"):
+        (theirs / name).write_text("")
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "theirs"))
+    made = Path(trial.Lab(tmp_path / "lab").environment()["TORCH_EXTENSIONS_DIR"])
+    assert [p.name for p in made.rglob("*") if p.is_file()] == ["op.so"] and made.is_relative_to(tmp_path / "lab")
 
 
 def test_who_holds_live_work_is_seen_from_outside(tmp_path):

@@ -123,7 +123,8 @@ class FakeLaunch:
         self.serving.__enter__()
         return "ck-web"
 
-    def stop(self):
+    def stop(self, drain_s):
+        assert drain_s == 5
         self.serving.__exit__(None, None, None)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import pytest
 from click.testing import CliRunner
 
-from ctrlray import pipeline
+from ctrlray import pipeline, runs
 from ctrlray.cli import main
-from ctrlray.errors import ClusterError, ConfigError, DataError
+from ctrlray.errors import ClusterError, ConfigError, DataError, StorageError
+from ctrlray.tables import written
 
 ADVICE = "\nFailed to apply UDF transform after 1/1 attempts.\nTo change retry attempts, configure ray.data.DataContext"
 
@@ -23,6 +27,10 @@ class Remote(Exception):
 def caused(error, cause):
     error.__cause__ = cause
     return error
+
+
+def os_error(number, file=None, other=None):
+    return OSError(number, os.strerror(number), file, None, other)
 
 
 @pytest.fixture
@@ -50,6 +58,69 @@ def failing(monkeypatch, tmp_path):
 def test_our_own_error_is_found_inside_remote_ones(failing, error, code, said):
     result = failing(error)
     assert result.exit_code == code and result.output.endswith(said) and "--debug" not in result.output
+
+
+FULL = "the disk is full. Free some space and run the same command again; what was written before is kept\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (os_error(errno.ENOSPC, "/runs/x/model"), f"cannot write /runs/x/model: {FULL}"),
+        (Remote(os_error(errno.EDQUOT, "/runs/x")), f"cannot write /runs/x: {FULL}"),
+        (caused(RuntimeError("stopped"), Remote(os_error(errno.ENOSPC))), f"cannot write to a disk: {FULL}"),
+        (Remote(os_error(errno.ENOSPC, "/base/a.json", "/runs/x/a.json")), f"cannot write /runs/x/a.json: {FULL}"),
+        (Remote(RuntimeError('I/O error: No space (os error 28) at path "/r/.tmp1"')), f"cannot write /r/.tmp1: {FULL}"),
+        (
+            RuntimeError("Permission denied (os error 13)"),
+            "cannot reach a file: permission denied. Give this user the right to it, or give another run_root\n",
+        ),
+        (RuntimeError("Error while serializing: No space left on device (os error 28)"), f"cannot write to a disk: {FULL}"),
+        (
+            Remote(os_error(errno.EROFS, "/runs/x")),
+            "cannot write /runs/x: read-only file system. Make the folder writable, or give another run_root\n",
+        ),
+        (
+            Remote(os_error(errno.EACCES, "/runs/x")),
+            "cannot reach /runs/x: permission denied. Give this user the right to it, or give another run_root\n",
+        ),
+    ],
+)
+def test_a_disk_that_refuses_is_named_with_the_next_step(failing, error, said):
+    result = failing(error)
+    assert result.exit_code == 5 and result.output.endswith(f"error: {said}") and "--debug" not in result.output
+
+
+def test_ray_s_own_error_of_a_disk(failing):
+    from ray.exceptions import RayTaskError
+
+    remote = RayTaskError("merge", "Traceback\nOSError", os_error(errno.ENOSPC, "/runs/x")).as_instanceof_cause()
+    assert isinstance(remote, OSError)
+    result = failing(remote)
+    assert result.exit_code == 5 and result.output.endswith(f"error: cannot write /runs/x: {FULL}")
+
+
+@pytest.mark.parametrize("number", [errno.ENOENT, errno.ECONNREFUSED])
+def test_other_errors_of_the_system_are_not_called_the_disk_s(failing, number):
+    result = failing(Remote(os_error(number, "/x")))
+    assert result.exit_code == 1 and "run again with --debug" in result.output
+
+
+def test_a_full_disk_is_told_by_verbs_that_read_runs_too(monkeypatch):
+    def full(folder):
+        raise os_error(errno.ENOSPC, "/runs/x")
+
+    monkeypatch.setattr(runs, "find", full)
+    result = CliRunner().invoke(main, ["runs", "list"])
+    assert result.exit_code == 5 and result.output == f"error: cannot write /runs/x: {FULL}"
+
+
+def test_what_is_written_beside_the_storage_names_its_place():
+    full = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    for inside, raised in ((full, StorageError), (KeyError("x"), KeyError), (StorageError("as it was"), StorageError)):
+        with pytest.raises(raised) as caught, written("/runs/x/merged"):
+            raise inside
+        assert str(caught.value) == (f"cannot write /runs/x/merged: {FULL.strip()}" if inside is full else str(inside))
 
 
 def test_an_unknown_error_is_named_and_its_traceback_offered(failing):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,11 +12,13 @@ import pytest
 import yaml
 from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
 
 from ctrlray import config, models, placement
-from ctrlray.clusters import Cluster, launch, read_cluster, read_prices
+from ctrlray.clusters import Cluster, gpu_gib, known_gpus, launch, read_cluster, read_prices
 from ctrlray.errors import ConfigError
 from ctrlray.placement import Group, Node
+from ctrlray.serve.settings import ServeSettings
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "cluster"
@@ -63,6 +66,24 @@ def test_a_misspelt_field_does_not_pass_the_schema(path):
             jsonschema.validate(raw, SCHEMA)
         del there[name]
     jsonschema.validate(raw, SCHEMA)
+
+
+def test_the_service_is_ctrlray_s_own_behind_a_policy():
+    spec = yaml.safe_load((FOLDER / "kuberay" / "rayservice.yaml").read_text())["spec"]
+    served = ServeDeploySchema.model_validate(yaml.safe_load(spec["serveConfigV2"]))
+    (app,) = served.applications
+    plain = yaml.safe_load((FOLDER / "serve.yaml").read_text())["applications"][0]
+    assert app.import_path == plain["import_path"] == "ctrlray.serve.app:build"
+    settings = config.parse(ServeSettings, app.args, where="rayservice.yaml")
+    assert spec["rayClusterDeletionDelaySeconds"] >= settings.drain_s
+    edge = {"name": "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "value": "ctrlray.serve.edge:install"}
+    cluster = spec["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        mounts = {m["mountPath"]: m["name"] for m in container["volumeMounts"]}
+        volumes = {v["name"]: v for v in pod["volumes"]}
+        assert edge in container["env"] and "secret" in volumes[mounts[str(Path(settings.policy).parent)]]
 
 
 @pytest.mark.parametrize("path", KUBERAY, ids=stem)
@@ -192,6 +213,34 @@ def test_a_spot_group_needs_a_spot_price():
         read_cluster(FOLDER / "aws.yaml", type(PRICES).model_validate(prices))
 
 
+@pytest.mark.parametrize(("name", "field"), [("aws", "ImageId"), ("gcp", "disks")])
+def test_every_node_names_its_machine_image_and_has_a_driver(name, field):
+    types = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())["available_node_types"]
+    assert all(t["node_config"][field] for t in types.values())
+    if name == "gcp":  # of these images the driver is installed on first start, where it is asked for
+        kinds = {n: t["node_config"].get("metadata", {}).get("items") for n, t in types.items()}
+        assert kinds == {n: [{"key": "install-nvidia-driver", "value": "True"}] if n != "head" else None for n in types}
+        assert {t["node_config"]["disks"][0]["initializeParams"]["diskType"].rsplit("/")[-1] for t in types.values()} == {
+            "pd-balanced",
+            "hyperdisk-balanced",
+        }
+
+
+@pytest.mark.parametrize("path", KUBERAY, ids=stem)
+def test_pods_may_write_to_the_claim_and_have_an_identity(path):
+    spec = cluster_spec(yaml.safe_load(path.read_text()))
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        assert pod["securityContext"] == {"fsGroup": 1000} and pod["serviceAccountName"]
+
+
+def test_the_image_has_the_pods_user_and_its_commands_are_found_in_login_shells():
+    text = (FOLDER / "Dockerfile").read_text()
+    as_root, as_user = text.split("\nUSER ray\n")
+    assert as_root.index("userdel --remove ubuntu") < as_root.index("useradd --create-home --uid 1000 ray")  # one uid, one user
+    assert "> /etc/profile.d/ctrlray.sh" in as_root and "uv venv --seed" in as_user
+
+
 def test_the_image_is_built_of_what_is_there():
     lines = (FOLDER / "Dockerfile").read_text().splitlines()
     stages = {line.split()[-1] for line in lines if re.match(r"FROM .* AS ", line)}
@@ -218,3 +267,22 @@ def test_kuberay_files_name_the_ray_that_is_pinned(path):
     import ray
 
     assert cluster_spec(yaml.safe_load(path.read_text()))["rayVersion"] == ray.__version__
+
+
+@pytest.mark.parametrize(
+    ("found", "gib"),
+    [
+        (["CPU", "GPU", "accelerator_type:L4"], 22.5),
+        (["accelerator_type:L40S"], 44.9),
+        (["accelerator_type:A100"], 79.3),  # either kind: the larger counts, so that nothing is refused that may fit
+        (["accelerator_type:A100-40G"], 39.6),
+        (["accelerator_type:A100-80G"], 79.3),
+        (["accelerator_type:B200"], 179.0),
+        (["accelerator_type:GB200"], math.inf),
+        (["accelerator_type:L"], math.inf),
+        (["accelerator_type:L4", "accelerator_type:unheard-of"], math.inf),
+        (["CPU", "L4"], math.inf),
+    ],
+)
+def test_memory_of_a_gpu_by_the_kind_that_ray_names(found, gib):
+    assert gpu_gib(found, known_gpus()) == gib

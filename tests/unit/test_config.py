@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import json
 import math
+import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import click
+import jsonschema
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -35,6 +40,42 @@ def test_every_job_file_loads(path):
         from ctrlray.rewards.job import RewardTrainJob
 
         assert config.parse(RewardTrainJob, raw, where=str(path))
+
+
+def job_files():
+    """Every job file of the repository with the kind of job that it is."""
+    from ctrlray.rewards.job import RewardTrainJob
+
+    found = sorted([*ROOT.glob("jobs/*/*.yaml"), *(ROOT / "ctrlray" / "assets" / "jobs").glob("*.yaml")])
+    jobs = [p for p in found if p.name != "sweep.yaml"]
+    return [(p, config.Job if "control" in yaml.safe_load(p.read_text()) else RewardTrainJob) for p in jobs]
+
+
+@pytest.mark.parametrize(("path", "kind"), job_files(), ids=lambda v: f"{v.parent.name}-{v.stem}" if isinstance(v, Path) else "")
+def test_every_job_file_fits_the_schema_for_editors(path, kind):
+    made = CliRunner().invoke(main, ["config", "schema"]).output if kind is config.Job else json.dumps(kind.model_json_schema())
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads(made), jsonschema.Draft202012Validator)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"name": 7}, "7 is not of type 'string'"),
+        ({"seed": "x"}, "'x' is not of type 'integer'"),
+        ({"seeed": 1}, "'seeed' was unexpected"),
+        ({"train": {"epochs": True}}, "True is not of type 'number'"),
+        ({"train": {"epochs": 0}}, "0 is less than or equal to the minimum of 0"),
+        ({"control": {"attributes": []}}, "[] should be non-empty"),
+    ],
+)
+def test_the_schema_for_editors_refuses_what_the_job_does(changed, told):
+    raw = {"name": "t", "control": CONTROL, "rewards": REWARD}
+    schema = json.loads(CliRunner().invoke(main, ["config", "schema"]).output)
+    jsonschema.validate(raw, schema)
+    with pytest.raises(jsonschema.ValidationError, match=re.escape(told)):
+        jsonschema.validate(raw | changed, schema)
+    with pytest.raises(ConfigError):
+        job(**changed)
 
 
 def test_unknown_key_suggests_the_nearest():
@@ -166,6 +207,44 @@ def test_bad_settings_name_the_field(extra, message):
         job(**extra)
 
 
+@pytest.mark.parametrize(
+    ("assignment", "said"),
+    [
+        ("generate.samples=true", "generate.samples: Input should be a number, not true or false (got true)"),
+        ("train.zero_stage=true", "train.zero_stage: Input should be a number, not true or false (got true)"),
+        ("model.trust_remote_code=1", "model.trust_remote_code: Input should be true or false, not a number (got 1)"),
+        ("model.trust_remote_code=0.0", "model.trust_remote_code: Input should be true or false, not a number (got 0.0)"),
+        ("evaluate.levels=[[1, true], [1]]", "evaluate.levels.0.1: Input should be a number, not true or false (got true)"),
+        ("control.attributes.0.score={a: true}", "control.attributes.0.score.a: Input should be a number, not true or false"),
+        ("train.objectives=[{type: ppo, max_staleness: false}]", "train.objectives.0.max_staleness: Input should be a number"),
+    ],
+)
+def test_true_is_no_number_and_1_is_not_true(assignment, said):
+    with pytest.raises(ConfigError) as caught:
+        config.load_job("quickstart", [assignment])
+    assert str(caught.value).splitlines()[1].startswith(f"  {said}") and len(str(caught.value).splitlines()) == 2
+
+
+def test_other_spellings_of_numbers_and_bools_stay():
+    words = ["train.learning_rate=1e-3", "train.epochs=1", "generate.samples='3'", "seed=3.0", "model.trust_remote_code='yes'"]
+    made = config.load_job("quickstart", [*words, "model.template_variables={a: true, b: 1, c: '1'}"])
+    assert made.train.learning_rate == 1e-3 and made.train.epochs == 1.0 and isinstance(made.train.epochs, float)
+    assert made.generate.samples == 3 and made.seed == 3 and isinstance(made.seed, int) and made.model.trust_remote_code is True
+    assert [repr(v) for v in made.model.template_variables.values()] == ["True", "1", "'1'"]
+
+
+def test_a_setting_is_named_as_the_file_spells_it():
+    judge = JUDGE | {"retries": "x", "judge": "x"}  # `judge` is the kind, and a setting too
+    with pytest.raises(ConfigError) as caught:
+        job(rewards=[*REWARD, {**REWARD[0], "type": "funtion"}, {"type": "http", "url": "http://h"}, judge])
+    assert [line.split(" (got")[0] for line in str(caught.value).splitlines()[1:]] == [
+        "  rewards.1.type: Input should be one of 'embedded', 'tfidf', 'hf', 'function', 'http', 'judge'",
+        "  rewards.2.attributes: Field required",
+        "  rewards.3.judge: Input should be a valid boolean, unable to interpret input",
+        "  rewards.3.retries: Input should be a valid integer, unable to parse string as an integer",
+    ]
+
+
 def test_job_is_frozen_and_picklable():
     made = job()
     assert pickle.loads(pickle.dumps(made)) == made
@@ -176,7 +255,14 @@ def test_job_is_frozen_and_picklable():
 def test_estimate_by_hand():
     rows = {r.stage: r for r in estimate(config.load_job("smoke"))}
     assert rows["generate"].rows == 12 * 4 and rows["generate"].tokens == 48 * 32
-    assert rows["evaluate"].rows == 4 * 4 * 3  # prompts x cells x (start, prompting, exmate)
+    assert rows["evaluate"].rows == 4 * (4 * 2 + 1)  # prompts x (cells x (prompting, exmate) + start, which has none)
+
+
+def test_estimate_counts_candidates_once_for_all_cells_and_as_long_as_generation_s():
+    more = ["evaluate.methods=[start, reranking]", "evaluate.candidates=5", "evaluate.samples=2"]
+    rows = {r.stage: r for r in estimate(config.load_job("smoke", [*more, "evaluate.sampling.max_tokens=20"]))}
+    assert rows["evaluate"].rows == 4 * (2 * (4 + 1) + 5)
+    assert rows["evaluate"].tokens == 4 * (2 * (4 + 1) * 20 + 5 * 32)
 
 
 def test_estimate_counts_the_prompts_of_sets():
@@ -184,7 +270,7 @@ def test_estimate_counts_the_prompts_of_sets():
     sets = [{"name": "a", "sources": benchmarks}, {"name": "b", "sources": benchmarks, "limit": 50}]
     made = config.load_job("smoke", [f"evaluate.sets={yaml.safe_dump(sets, default_flow_style=True)}"])
     rows = {r.stage: r for r in estimate(made)}
-    assert rows["evaluate"].rows == (4 + 89 + 50) * 4 * 3
+    assert rows["evaluate"].rows == (4 + 89 + 50) * (4 * 2 + 1)
 
 
 def test_cli_prints_one_readable_error():
@@ -209,25 +295,76 @@ def test_dry_run_starts_nothing(tmp_path):
     assert not root.exists()
 
 
-@pytest.mark.parametrize("verb", ["prompts", "generate", "score", "distill", "train", "evaluate", "export", "report", "pipeline"])
-def test_help_has_examples(verb):
-    result = CliRunner().invoke(main, [verb, "--help"])
-    assert result.exit_code == 0 and f"ctrlray {verb}" in result.output.split("Examples:")[1]
+def verbs(group=main, words=()):
+    """Every command and group with the words that call it."""
+    found = [(words, group)]
+    for name, command in group.commands.items():
+        below = (*words, name)
+        found += verbs(command, below) if isinstance(command, click.Group) else [] if command.hidden else [(below, command)]
+    return found
+
+
+@pytest.mark.parametrize(("words", "command"), verbs(), ids=lambda v: " ".join(v) or "ctrlray" if isinstance(v, tuple) else "")
+def test_help_has_examples(words, command):
+    result = CliRunner().invoke(main, [*words, "--help"])
+    lines = result.output.partition("Examples:\n")[2].splitlines()
+    called = [line for line in lines if " ".join(["ctrlray", *(w for w in words if w != "run")]) in line]
+    assert result.exit_code == 0 and called and result.output.startswith("Usage: ") and command.help
+    known = {option for p in command.params for option in p.opts}
+    if not isinstance(command, click.Group):
+        assert {w for line in called for w in line.split() if w.startswith("--")} <= known
+
+
+def test_the_walk_finds_every_verb():
+    found = {" ".join(words) for words, _ in verbs()}
+    assert {"", "pipeline", "runs", "runs cost", "serve run", "annotate import", "config schema", "completion"} <= found
+    assert len(found) > 30 and "part" not in found
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("pip", {"plain,pipeline"}),
+        ("pipeline smo", {"plain,smoke"}),
+        ("pipeline smoke --set train.ep", {"plain,train.epochs="}),
+        ("runs s", {"plain,show"}),
+        ("runs show smo", {"plain,smoke-of-mine"}),
+        ("completion ", {"plain,bash", "plain,zsh", "plain,fish"}),
+    ],
+)
+def test_a_shell_completes_verbs_jobs_settings_and_runs(typed, offered, tmp_path):
+    """As the script of `ctrlray completion bash` calls it, in a process of its own."""
+    run = tmp_path / "ctrlray" / "runs" / "smoke-of-mine"
+    run.mkdir(parents=True)
+    (run / "job.yaml").write_text("name: smoke\n")
+    words = ["ctrlray", *typed.split(" ")]
+    asked = {"_CTRLRAY_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(words), "COMP_CWORD": str(len(words) - 1)}
+    asked["XDG_DATA_HOME"] = str(tmp_path)
+    program = [sys.executable, "-m", "ctrlray"]
+    said = subprocess.check_output(program, env={**os.environ, **asked}, cwd=ROOT, text=True, timeout=120)
+    assert offered <= set(said.split())
+
+
+def test_the_completion_script_asks_for_it_that_way():
+    script = CliRunner().invoke(main, ["completion", "bash"]).output
+    assert "COMP_WORDS" in script and "_CTRLRAY_COMPLETE=bash_complete" in script and "complete -o nosort -F" in script
 
 
 @pytest.mark.parametrize(
     ("module", "may_load"),
     [
         ("ctrlray.cli", set()),
-        ("ctrlray.pipeline", set()),
-        ("ctrlray.objectives.losses", {"torch"}),
-        ("ctrlray.objectives.ppo", {"torch"}),
+        ("ctrlray.pipeline", {"pyarrow", "numpy", "pandas"}),
+        ("ctrlray.objectives.losses", {"torch", "numpy"}),
+        ("ctrlray.objectives.ppo", {"torch", "numpy"}),
     ],
 )
 def test_import_is_light(module, may_load):
     code = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.check_output([sys.executable, "-c", code], text=True).split()
-    assert {"torch", "ray", "vllm", "deepspeed", "transformers"} & set(loaded) <= may_load
+    heavy = {"torch", "ray", "vllm", "deepspeed", "transformers"}
+    heavy |= {"pyarrow", "numpy", "scipy", "pandas", "datasets", "httpx", "plotly", "fastapi"}
+    assert heavy & set(loaded) <= may_load
 
 
 def test_an_attribute_can_add_up_several_outputs():
@@ -283,9 +420,59 @@ def test_a_key_that_is_given_twice_is_refused(tmp_path):
         config.load_job(path)
 
 
+@pytest.mark.parametrize("value", ["{{ seed }}", "2024-99-99", "!!int ''", '"\\UFFFFFFFF"', "[" * 3000])
+def test_values_that_no_yaml_can_be_are_named_and_no_traceback(tmp_path, value):
+    path = tmp_path / "job.yaml"
+    path.write_text(f"name: t\nseed: {value}\n")
+    with pytest.raises(ConfigError, match="cannot read the job file"):
+        config.load_job(path)
+    with pytest.raises(ConfigError, match="--set seed: "):
+        config.load_job("quickstart", [f"seed={value}"])
+
+
 @pytest.mark.parametrize("kind", ["http", "judge"])
 def test_a_reward_s_address_holds_no_credentials(kind):
     raw = {"type": kind, "url": "https://me:secret@host/v1", "attributes": ["a"]}
     job = {"name": "t", "control": {"attributes": [{"name": "a"}]}, "rewards": [raw]}
     with pytest.raises(ConfigError, match="token_env"):
         config.parse(config.Job, job, where="t")
+
+
+ONE = {
+    "name": "t",
+    "control": {"attributes": [{"name": "a"}]},
+    "rewards": [{"type": "function", "target": "m:f", "attributes": ["a"]}],
+}
+
+
+@pytest.mark.parametrize(
+    "before, after, told",
+    [
+        ({}, {}, []),
+        ({}, {"seed": 1}, ["seed: 0 -> 1"]),
+        ({}, {"train": {"seed": 3}}, ["train.seed: None -> 3"]),
+        (
+            {"evaluate": {"methods": ["start", "prompting"]}},
+            {"evaluate": {"methods": []}},
+            ["evaluate.methods: [start, prompting] -> []"],
+        ),
+        (
+            {"train": {"objectives": [{"type": "clm"}, {"type": "exmate"}]}},
+            {"train": {"objectives": [{"type": "clm"}]}},
+            ["train.objectives.1: exmate -> (unset)"],
+        ),
+        (
+            {"train": {"objectives": [{"type": "clm"}]}},
+            {"train": {"objectives": [{"type": "exmate", "weight": 9}]}},
+            ["train.objectives.0: clm -> exmate"],
+        ),
+        (
+            {"train": {"objectives": [{"type": "exmate"}]}},
+            {"train": {"objectives": [{"type": "exmate", "weight": 9}]}},
+            ["train.objectives.0.weight: 1.0 -> 9.0"],
+        ),
+    ],
+)
+def test_differences_between_jobs_in_few_words(before, after, told):
+    old, new = (config.parse(config.Job, ONE | changes, where="t") for changes in (before, after))
+    assert config.differences(old, new) == told

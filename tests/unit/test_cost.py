@@ -59,10 +59,36 @@ def test_gpus_and_cpus_are_counted_apart_and_streamed_scoring_holds_its_own():
     assert total["cpu_seconds"] == 2 + 3 * 100  # rewards on CPUs are up as long as generation runs
 
 
+def test_an_evaluation_holds_its_engines_until_they_end_and_rewards_are_no_larger_with_the_model():
+    """110 s: 10 of start, 50 of answers, 50 of rewards, judges and statistics."""
+    run = ledger(evaluate=result(600, 110.0, 24000, start_s=10.0, engines_s=60.0))
+    on_gpus = GPU | {"score": Held("GPU", 3.0)}
+    assert by_stage(cost(run, GPU))["evaluate"]["device_seconds"] == 4 * 60  # rewards on CPUs
+    assert by_stage(cost(run, on_gpus))["evaluate"]["device_seconds"] == 4 * 60 + 3 * 50
+    assert by_stage(cost(run, CPU))["evaluate"]["device_seconds"] == 2 * 110
+    assert by_stage(cost(run, CPU))["evaluate"]["tokens_per_s"] == 24000 / 50
+    wanted = by_stage(project(cost(run, CPU), run_parameters=1e8, parameters=1e9))["evaluate"]
+    assert wanted["seconds"] == 50 * 10 + 50 + 10 and wanted["tokens_per_s"] == 24000 / 500
+
+
 def test_ppo_holds_engines_beside_its_workers():
     ppo = result(400, 400.0, 1, exmate={"steps": 1, "seconds": 100.0}, ppo={"steps": 4, "seconds": 250.0})
     assert by_stage(cost(ledger(train=ppo), GPU))["train"]["device_seconds"] == 8 * 400 + 4 * 250
     assert by_stage(cost(ledger(train=ppo), CPU))["train"]["device_seconds"] == 2 * 400
+
+
+def test_ppo_takes_its_steps_whatever_the_rows():
+    ppo = {"steps": 4, "seconds": 250.0, "tokens": 600}
+    train = result(400, 400.0, 1000, exmate={"steps": 1, "seconds": 100.0}, ppo=ppo)
+    costs = cost(ledger(train=train), CPU)
+    wanted = by_stage(project(costs, run_parameters=1e8, parameters=3e8, rows=8000, speedup=2.0))["train"]
+    assert wanted["seconds"] == (100 * 3 * 10 + 250 * 3) / 2 + 50 and wanted["tokens"] == 400 * 10 + 600
+    same = by_stage(project(costs, run_parameters=1e8))["train"]
+    assert (same["seconds"], same["tokens"]) == (400.0, 1000)
+    on_gpus = by_stage(project(cost(ledger(train=train), GPU), run_parameters=1e8, rows=8000))["train"]
+    assert on_gpus["seconds"] == 1000 + 250 + 50 and on_gpus["device_seconds"] == 8 * 1300 + 4 * 250
+    resumed = by_stage(project(cost(ledger(train=train | {"seconds": 5.0}), CPU), run_parameters=1e8, rows=8000))["train"]
+    assert resumed["seconds"] == 5.0
 
 
 def test_a_start_is_never_longer_than_its_stage():

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ctrlray import config, schema
-from ctrlray.distill import Distilled, Levels, distill, draw, prompt_quantiles, water_fill
+from ctrlray.distill import Distilled, Levels, distill, draw, prompt_quantiles, usable, water_fill
 from ctrlray.errors import DataError
+from ctrlray.train.batches import collate, load_example, planned_steps, shard, tree_rows
 
 FINITE = st.floats(-1e6, 1e6, allow_nan=False, width=32)
 
@@ -178,6 +179,20 @@ def test_every_row_once_and_the_reasons():
     assert result.examples.schema.equals(schema.examples(["kind"]), check_metadata=True)
     assert result.dropped.schema.equals(schema.DROPPED, check_metadata=True)
     assert result.warnings == []
+
+
+def test_an_answer_with_a_special_token_before_its_end_is_left_out():
+    rows = [row(i, "a", i) for i in range(4)]  # token_ids [i, 7]: 7 ends the turn
+    rows += [row(7, "a", 9.0), row(8, "a", 8.0, text="answer 7"), row(9, "a", 7.0, finish="length")]
+    rows[5]["token_ids"] = [1, 2, 7]
+    result = distill(table(rows), control(2), wish(strategy="none", keep_truncated=True), 0, frozenset({7, 99}))
+    # r007 is [7, 7]; r008 has its text and stays, because r007 does not count; r009 was cut off, so its 7 ended nothing
+    assert reasons(result) == {"r007": "special_tokens", "r009": "special_tokens"}
+    assert ids(result) == ["r000", "r001", "r002", "r003", "r008"] and max(result.levels["kind"].scores) == 8
+    # the judges' scales are fitted on the same rows
+    assert [rows[i]["response_id"] for i in usable(table(rows), True, frozenset({7, 99}))] == ids(result)
+    with pytest.raises(DataError, match=r"none of 7 answers is left \(7 special_tokens\); the model samples special tokens"):
+        distill(table(rows), control(2), wish(keep_truncated=True), 0, frozenset(range(9)) | {9})
 
 
 def test_truncated_answers_may_stay_and_their_missing_scores_may_not():
@@ -361,10 +376,31 @@ def test_constant_scores_warn_and_name_the_cell():
     rows = [row(i, f"p{i % 3}", 1.0, 2.5) for i in range(9)]
     result = distill(table(rows), control(3, 3), wish(strategy="balance"), 0)
     assert result.cells_after == {"2,2": 9}
-    assert any("score_brief is 2.5" in w for w in result.warnings)
-    assert any("one cell (kind, brief = 2,2)" in w for w in result.warnings)
+    step = "; add behaviours (generate.behaviours) or choose another score"
+    assert any("score_brief is 2.5" in w and w.endswith(step) for w in result.warnings)
+    assert any("one cell (kind, brief = 2,2)" in w and w.endswith(step) for w in result.warnings)
     with pytest.raises(DataError, match=r"9 inner_quantile.*raise distill\.outer"):
         distill(table(rows), control(3, 3), wish(strategy="moec"), 0)
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_examples_of_one_cell_are_made_ready_for_training(wrong):
+    """Two ranks, three steps: each example is there once under its own code, and its wrong codes are those of other cells."""
+    rows = [row(i, f"p{i % 3}", 1.0, 2.5) for i in range(9)]
+    examples = distill(table(rows), control(3, 3), wish(strategy="balance"), 0).examples.to_pylist()
+    loaded = [load_example(e, ["kind", "brief"], lambda messages, levels: [1, *(10 + v for v in levels)]) for e in examples]
+    steps = planned_steps([e.group for e in loaded], batch_size=3, epochs=1, seed=0)
+    right = []
+    for step in steps:
+        shards = shard(tree_rows([(i, loaded[i]) for i in step], wrong=wrong, share=True), ranks=2, max_tokens=40)
+        assert len(shards[0]) == len(shards[1])
+        for micro in (m for rank in shards for m in rank):
+            assert collate(micro, pad_id=0).mask_NT.shape[0] == sum(len(r.branches) for r in micro)
+            branches = [(r.prompt_ids + b.code_ids, b) for r in micro for b in r.branches]
+            assert all(b.right == (codes == (1, 12, 12)) for codes, b in branches)
+            assert not micro or wrong == any(not b.right for _, b in branches)
+            right += [b.example for _, b in branches if b.right]
+    assert len(steps) == 3 and sorted(right) == list(range(9))
 
 
 def test_nothing_left_says_what_to_do():

@@ -62,6 +62,38 @@ def test_what_fills_the_context_exactly_fits_and_its_prefix_counts():
     assert bad["error"] == "prompt_too_long" and bad["detail"] == "prompt why has 12 tokens, the context leaves room for 12"
 
 
+def test_a_prompt_that_cannot_be_rendered_is_quarantined_with_all_of_its_samples():
+    class Careful(Bytes):
+        def render(self, messages):
+            if messages[-1]["content"] == "evil":
+                raise DataError("the user text 'evil' holds what the model's tokenizer reads as <|end|>; take it out")
+            return super().render(messages)
+
+    made, refused = generate.expand_requests(prompts("why", "evil", "how"), SETTINGS, Careful(), "f", 1000)
+    assert made["prompt_id"].to_pylist() == ["why"] * 3 + ["how"] * 3
+    everything, _ = requests("why", "evil", "how")
+    assert [r["row_id"] for r in refused.to_pylist()] == [r["response_id"] for r in everything if r["prompt_id"] == "evil"]
+    assert {r["error"] for r in refused.to_pylist()} == {"special_tokens"}
+    assert refused["detail"][0].as_py().startswith("prompt evil: the user text 'evil' holds what")
+
+
+def test_a_prompt_whose_own_system_turn_cannot_be_rendered_is_refused_though_behaviours_hide_it():
+    class Careful(Bytes):
+        def render(self, messages):
+            if "evil" in messages[0]["content"]:
+                raise DataError("no")
+            return super().render(messages)
+
+    rows = prompts("why").to_pylist()
+    rows[0]["messages"].insert(0, {"role": "system", "content": "evil"})
+    own = from_rows(rows, schema.PROMPTS)
+    polite = [b.model_copy(update={"system": "Be good."}) for b in SETTINGS.behaviours]
+    hidden = SETTINGS.model_copy(update={"behaviours": polite})
+    for settings in (hidden, SETTINGS):
+        made, refused = generate.expand_requests(own, settings, Careful(), "f", 1000)
+        assert made.num_rows == 0 and set(refused["error"].to_pylist()) == {"special_tokens"}
+
+
 class Engine:
     """Upper-cases its prompts; raises at those that say so, like vLLM with a broken request."""
 
@@ -80,17 +112,143 @@ class Engine:
         return bytes(ids).decode()
 
 
+class Spec:
+    """A recipe of engines that live in this process."""
+
+    def __init__(self, make=Engine):
+        self.build = make
+
+    def environment(self):
+        return {}
+
+
 class Batch(generate.GenerateBatch):
-    def __init__(self, out):
-        self._engine, self._sampling, self._out = Engine(), SETTINGS.sampling, out
-        self._where = Where("r1", "generate")
-        self._journal = Journal(out.sub(IN_FLIGHT))
+    def __init__(self, out, make=Engine, max_restarts=10):
+        super().__init__(Spec(make), SETTINGS.sampling, out, Where("r1", "generate"), max_restarts)
 
 
 def files(out, *texts, samples=3):
     settings = SETTINGS.model_copy(update={"samples": samples})
     made, _ = generate.expand_requests(prompts(*texts), settings, Bytes(), "f", 1000)
     return from_rows([{"path": p} for p in generate.write_blocks(made, out, 100)], generate.pa.schema({"path": "string"}))
+
+
+@pytest.fixture
+def mortal(monkeypatch):
+    """Processes end by an exception here."""
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(os, "_exit", leave)
+
+
+def actor(out, blocks, **settings):
+    """One actor as Ray keeps it: its process is started anew until every block is done. How often it ended."""
+    deaths, todo = 0, list(blocks)
+    while True:
+        try:
+            process = Batch(out, **settings)
+            while todo:
+                process(todo[0])
+                todo.pop(0)
+            return deaths
+        except SystemExit:
+            deaths += 1
+            assert deaths < 1000, "nobody ends this"
+
+
+def quarantine(out):
+    return [r["row_id"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()]
+
+
+@pytest.mark.usefixtures("mortal")
+def test_rows_that_kill_in_many_blocks_are_all_set_aside_and_the_rest_is_answered(tmp_path):
+    """24 rows a block, the first of the first and of the last eighth guilty.
+
+    24 die, 3 die: two in a row. Then six eighths are answered, and only the other eighth and each guilty row, twice, die.
+    """
+    out, blocks, guilty = Storage(str(tmp_path)), [], set()
+    for b in range(6):
+        texts = [f"{b}-{i}" + (" break" if i in (0, 21) else "") for i in range(24)]
+        blocks.append(files(out, *texts, samples=1))
+        guilty |= {schema.response_id(t, "plain", 0, "f") for t in texts if "break" in t}
+    assert actor(out, blocks, max_restarts=2) == 6 * (1 + 2 + 2 * 2)
+    assert sorted(quarantine(out)) == sorted(guilty) and len(guilty) == 12
+    answered = out.read_table("responses", schema.RESPONSES)["response_id"].to_pylist()
+    assert len(answered) == len(set(answered)) == 6 * 22 and not guilty & set(answered)
+
+
+@pytest.mark.usefixtures("mortal")
+def test_a_prompt_all_of_whose_samples_kill_is_no_engine_that_ends_on_everything(tmp_path):
+    """Rows 0 to 7 of 24: with the whole and three eighths four processes end in vain, then each row ends two."""
+    out = Storage(str(tmp_path))
+    block = files(out, "break", "fine", "good", samples=8)
+    assert actor(out, [block], max_restarts=4) == 1 + 3 + 8 * 2
+    assert len(quarantine(out)) == 8 and out.read_table("responses", schema.RESPONSES).num_rows == 16
+
+
+class Broken(Engine):
+    def generate(self, prompts, sampling, max_tokens):
+        raise RuntimeError("the device is lost")
+
+
+@pytest.mark.usefixtures("mortal")
+def test_an_engine_that_ends_on_everything_ends_the_stage_and_blames_no_row(tmp_path):
+    """24 rows, then three eighths of them: four processes, the first and its three restarts."""
+    out, built = Storage(str(tmp_path)), []
+
+    def build():
+        built.append(Broken())
+        return built[-1]
+
+    block = files(out, *(f"{i}" for i in range(24)), samples=1)
+    said = (
+        r"ended 4 times in a row and finished nothing in between, more than pool\.max_restarts=3 allows; the last one with: "
+        r"RuntimeError: the device is lost\. What is finished is kept, and 0 rows .* run the same command again"
+    )
+    with pytest.raises(ClusterError, match=said):
+        actor(out, [block], make=build, max_restarts=3)
+    assert len(built) == 4 and quarantine(out) == []
+
+
+@pytest.mark.usefixtures("mortal")
+def test_an_engine_that_breaks_later_ends_the_stage_with_what_was_isolated_before(tmp_path):
+    """Two rows are isolated in the first block; of the second nothing is answered."""
+    out = Storage(str(tmp_path))
+    blocks = [files(out, *(f"{i}" + (" break" if i in (2, 9) else "") for i in range(24)), samples=1)]
+    blocks.append(files(out, *(f"break {i}" for i in range(24)), samples=1))
+    with pytest.raises(ClusterError, match=r"ended 4 times in a row .*, and 2 rows that ended a process alone are quarantined"):
+        actor(out, blocks, max_restarts=3)
+    assert len(quarantine(out)) == 2 and out.read_table("responses", schema.RESPONSES).num_rows == 22
+
+
+def test_an_engine_that_ends_while_it_starts_ends_the_stage(tmp_path):
+    out, built = Storage(str(tmp_path)), []
+
+    def build():
+        built.append(1)
+        raise SystemExit
+
+    said = r"ended 3 times in a row .*max_restarts=2 .*: the process ended before it took up work"
+    with pytest.raises(ClusterError, match=said):
+        actor(out, [files(out, "why")], make=build, max_restarts=2)
+    assert len(built) == 3
+
+
+@pytest.mark.usefixtures("mortal")
+def test_a_row_is_in_the_quarantine_before_the_rest_of_its_block_is_tried(tmp_path):
+    out, seen = Storage(str(tmp_path)), {}
+
+    class Watching(Engine):
+        def generate(self, prompts, sampling, max_tokens):
+            seen[bytes(prompts[0])] = quarantine(out)
+            return super().generate(prompts, sampling, max_tokens)
+
+    texts = [f"{i}" + (" break" if i in (0, 9) else "") for i in range(16)]  # in eighths 0, 1 and 8, 9
+    actor(out, [files(out, *texts, samples=1)], make=Watching)
+    first, second = (schema.response_id(texts[i], "plain", 0, "f") for i in (0, 9))
+    assert seen[b"2"] == [] and seen[b"1"] == seen[b"9 break"] == [first] and sorted(quarantine(out)) == sorted([first, second])
 
 
 def test_prefixes_are_fed_to_the_engine_and_belong_to_the_answer(tmp_path):
@@ -112,11 +270,8 @@ def test_a_block_that_is_asked_for_again_is_not_answered_again(tmp_path):
     assert batch(work) == first and len(batch._engine.asked) == asked == 6
 
 
-def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, monkeypatch, caplog):
-    def leave(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
+@pytest.mark.usefixtures("mortal")
+def test_answers_from_before_a_death_are_passed_on_and_the_killer_is_named(tmp_path, caplog):
     out = Storage(str(tmp_path))
     work = files(out, "fine", "break", "good")
     for _ in range(7):  # together; then each of the three bad rows alone, twice
@@ -149,11 +304,8 @@ def held_up(batch, meanwhile):
 
 
 @pytest.mark.parametrize("others", ["a successor", "another run"])
+@pytest.mark.usefixtures("mortal")
 def test_an_engine_whose_rows_were_given_away_writes_nothing(tmp_path, monkeypatch, caplog, others):
-    def leave(code):
-        raise SystemExit(code)
-
-    monkeypatch.setattr(os, "_exit", leave)
     out = Storage(str(tmp_path))
     work = files(out, "fine", "good")
     passed = []
@@ -172,14 +324,12 @@ def test_an_engine_whose_rows_were_given_away_writes_nothing(tmp_path, monkeypat
     out.check_unique("responses", schema.RESPONSES, "response_id")
 
 
-def test_a_block_that_is_made_again_has_its_rows_in_the_same_order(tmp_path, monkeypatch):
-    def leave(code):
-        raise SystemExit(code)
-
+@pytest.mark.usefixtures("mortal")
+def test_a_block_that_is_made_again_has_its_rows_in_the_same_order(tmp_path):
     out = Storage(str(tmp_path))
     work = files(out, *"abcdefgh")
     before = Batch(out)
-    before._engine.generate = lambda *_, **__: leave(9)  # its process ends: the next one works in eighths
+    before._engine.generate = lambda *_, **__: os._exit(9)  # its process ends: the next one works in eighths
     with pytest.raises(SystemExit):
         before(work)
     first = Batch(out)(work)
@@ -218,6 +368,13 @@ def test_an_answer_that_is_there_twice_is_no_whole_table(tmp_path):
     out.write_table(from_rows([response(c, tokens=5)], schema.RESPONSES), "responses", "part-late")
     with pytest.raises(DataError, match=rf"1 rows are there more than once, among them {c} in .*part-0.*part-late"):
         generate._accounts(generate.keys([a, b, c]), out, 1)
+
+
+def test_tokens_are_counted_by_block_whatever_stands_in_it():
+    answers = generate.pa.table({"response_id": ["a", "b"], "token_ids": [[1, 2, 3], [4]]})
+    counts = generate.pa.table({"response_id": ["a", "b"], "num_tokens": [3, 1]})
+    assert generate.num_tokens(answers) == generate.num_tokens(counts) == 4
+    assert generate.num_tokens(answers.slice(0, 0)) == generate.num_tokens(counts.select(["response_id"])) == 0
 
 
 def test_what_is_answered_quarantined_or_too_long_starts_no_engine(tmp_path, monkeypatch):

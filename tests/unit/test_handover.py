@@ -163,7 +163,7 @@ class Producer:
 
 def driver(out, cluster, engines, run, timeout_s=5.0, dies=-1, idle=False, **settings):
     producer = Producer(out, engines, cluster, dies, idle)
-    task = SimpleNamespace(objective=config.PPO(steps=STEPS, **settings), out=out)
+    task = SimpleNamespace(objective=config.PPO(steps=STEPS, **settings), out=out, settings=config.Train())
     made = drive._Driver(task, producer, Background(run), Watch("ppo", out, Silent()), Silent(), timeout_s)
     made.incoming = Incoming(out, engines, "float32", made.until)
     return made, producer
@@ -211,6 +211,7 @@ def test_an_engine_that_does_not_get_them_in_time_stops_the_run(cluster, out, mo
     with pool() as engines:
         made, _ = driver(out, cluster, engines, learner.run, timeout_s=0.3)
         monkeypatch.setattr(cluster, "wait", lambda refs, timeout, num_returns: ([], refs))
+        monkeypatch.setattr(drive, "waits_for", lambda out, settings: "its workers")
         said = r"nothing finished for 0\.3 s; it waits for p: engine 0, 1 to take 0\.00 GB of weights, version 1, from"
         with pytest.raises(ClusterError, match=said):
             made.run()

@@ -18,6 +18,7 @@ def test_plan_by_hand():
     assert [len(g) for g in groups] == [12] * 8 and killers == []
     groups, killers = plan(everything, [everything, list(range(24, 36))])
     assert [g for g in groups if 24 <= g[0] < 36] == [[i] for i in range(24, 36)] and killers == []
+    assert [len(g) for g in groups] == [12] * 7 + [1] * 12 and groups[0][0] == 0  # what nobody suspects comes first
     groups, killers = plan(everything[24:], [everything, list(range(24, 36)), [30]])
     assert killers == [] and [30] in groups  # alone once: perhaps its node was taken away
     groups, killers = plan(everything[24:], [everything, list(range(24, 36)), [30], [30]])

@@ -1,8 +1,12 @@
 """One run at a time in a run root."""
 
+import contextlib
+import errno
+import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -135,3 +139,76 @@ def test_another_user_s_process_counts_and_three_renewals_may_be_missed(storage,
     with pytest.raises(ConfigError, match="process 1 on here"):
         Lease(storage).__enter__()
     assert lease.STALE_S > 3 * lease.RENEW_S
+
+
+def entered_together(storage, count=2):
+    """Leases of as many threads as come at once: what each got, a Lease or the error."""
+    found = []
+
+    def enter():
+        try:
+            found.append(Lease(storage).__enter__())
+        except ConfigError as error:
+            found.append(error)
+
+    threads = [threading.Thread(target=enter) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_of_two_that_come_at_once_one_gets_it(storage, monkeypatch, local):
+    """Both look before either has written, unless something keeps the second one waiting."""
+    both, look = threading.Barrier(2), lease.require_free
+
+    def slowly(storage):
+        look(storage)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)
+
+    monkeypatch.setattr(lease, "require_free", slowly)
+    monkeypatch.setattr(lease, "SETTLE_S", 0.3)
+    if not local:  # as an object store: no lock
+        monkeypatch.setattr(Storage, "is_local", False)
+    got = entered_together(storage)
+    held = [g for g in got if isinstance(g, Lease)]
+    assert len(held) == 1 and "another run is writing to" in str(next(g for g in got if g is not held[0]))
+    assert storage.read_json(lease.FILE)["id"] == held[0]._id
+    held[0].__exit__(None, None, None)
+    with Lease(storage):  # whoever was refused keeps no lock
+        pass
+
+
+def test_a_process_that_was_given_a_dead_holder_s_number_is_not_it(storage):
+    mine = {"id": "x", "machine": lease.machine(), "host": "here", "pid": os.getpid(), "renewed": 0.0}
+    storage.write_json(mine | {"started": lease._started(os.getpid()) - 1}, lease.FILE)
+    assert lease.holder_of(storage) is None
+    with Lease(storage):
+        noted = storage.read_json(lease.FILE)
+        assert noted["id"] != "x" and noted["started"] == lease._started(os.getpid())
+        with pytest.raises(ConfigError, match="another run is writing"):
+            Lease(storage).__enter__()
+    for unknown in (mine, mine | {"started": None}):  # of a machine that does not tell
+        storage.write_json(unknown, lease.FILE)
+        assert lease.holder_of(storage)["id"] == "x"
+
+
+def test_a_process_started_after_another_has_a_later_start():
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        assert lease._started(other.pid) > lease._started(os.getpid())
+        other.stdin.close()
+    assert lease._started(2**22 + 1) is None
+
+
+@pytest.mark.parametrize("call", ["read_json", "remove"])
+def test_storage_that_is_away_in_the_end_does_not_hide_what_the_run_ended_with(storage, monkeypatch, caplog, call):
+    def away(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with caplog.at_level(logging.WARNING), pytest.raises(RuntimeError, match="the run's own"), Lease(storage):
+        monkeypatch.setattr(Storage, call, away)
+        raise RuntimeError("the run's own")
+    assert f"running.json of {storage.uri} is left behind: [Errno 5]" in caplog.text

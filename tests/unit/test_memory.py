@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 
 import pytest
@@ -50,6 +51,22 @@ def test_an_engine_s_gpu_by_hand():
     # 0.9 of 10 GiB, less weights and context, of both GPUs
     assert memory.engine_room(made, SMALL, 10) == pytest.approx(2 * (9 - 1 - memory.CONTEXT_GIB))
     assert memory.engine_room(made, SMALL, 2) == 0
+
+
+def test_an_engine_on_processors_holds_the_logits_of_the_longest_row():
+    made = config.load_job("quickstart", ["model.max_context=1000", "model.dtype=bfloat16", "generate.engine.kv_cache_gib=1"])
+    held = memory.engine(made, replace(SMALL, vocabulary=50_000))
+    # 2 bytes as the model gives them, 4 in float32, 4 as log-probs
+    assert held.activations == pytest.approx(1000 * 50_000 * 10 / GIB)
+    assert held.total == pytest.approx(2 + 1 + held.activations + memory.ENGINE_PROCESS_GIB)
+    assert Shape.of(KNOWN["embedded"]).vocabulary == 49152
+
+
+def test_a_training_worker_holds_a_row_as_long_as_the_context():
+    short, long = (config.load_job("quickstart", [f"model.max_context={n}", "train.micro_batch_tokens=768"]) for n in (512, 1536))
+    wide = Shape.of(KNOWN["embedded"])
+    by_tokens = [memory.worker(j, wide).activations - memory.LOGITS_AT_ONCE * 12 / GIB for j in (short, long)]
+    assert by_tokens[1] == pytest.approx(2 * by_tokens[0])
 
 
 def test_what_an_engine_prefills_counts_by_width():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,9 +38,10 @@ def test_holm_only_raises_and_keeps_the_order(p_values):
 def test_permutation_p_against_every_permutation():
     first, second = sums([3.0, 1.0, 2.0, 4.0, 2.5], [2, 1, 1, 3, 1]), sums([1.0, 1.5, 0.5, 2.0, 1.0], [1, 1, 2, 3, 2])
     gaps = []
+    shares = [Sums(s.top_P / n, s.bottom_P / n) for s, n in ((first, 8), (second, 9))]
     for flips in itertools.product((0, 1), repeat=5):
         chosen = [
-            [(b, a) if f else (a, b) for f, a, b in zip(flips, *pair, strict=True)] for pair in zip(first, second, strict=True)
+            [(b, a) if f else (a, b) for f, a, b in zip(flips, *pair, strict=True)] for pair in zip(*shares, strict=True)
         ]
         (tops, bottoms) = (np.array(c) for c in chosen)
         a, b = tops.sum(axis=0) / bottoms.sum(axis=0)
@@ -47,6 +49,16 @@ def test_permutation_p_against_every_permutation():
     want = np.mean(np.array(gaps) >= gaps[0] - 1e-12)
     assert permutation_p(first, second, 0, 40_000) == pytest.approx(want, abs=0.01)
     assert permutation_p(first, second, 0) == permutation_p(second, first, 0)
+
+
+def test_answers_that_are_counted_several_times_change_no_p_value():
+    """Prompts differ far more than the methods do, which pairing takes out, also where one method answers three times."""
+    rng = np.random.default_rng(3)
+    hard = rng.normal(0, 5, 40)
+    first, second = sums(hard + rng.normal(1, 1, 40)), sums(hard + rng.normal(0, 1, 40))
+    often = Sums(3 * first.top_P, 3 * first.bottom_P)
+    p = permutation_p(first, second, 0)
+    assert p < 0.1 and permutation_p(often, second, 0) == pytest.approx(p) == permutation_p(second, often, 0)
 
 
 def test_equal_methods_never_differ_and_the_smallest_p_is_never_zero():
@@ -80,6 +92,18 @@ def test_methods_of_a_grid():
     # six tests of this statistic: the smallest p, of which there are some equal ones, is at most six times as large
     assert clear["p"] < clear["p_holm"] <= 6 * clear["p"] + 1e-12
     assert order["start", "exmate", "kind"]["p_holm"] >= order["start", "exmate", "kind"]["p"]
+
+
+def test_models_of_a_method_are_compared_by_prompt():
+    """Three models of one method that answer alike are no more evidence than one of them."""
+    rows = dial("clm", lambda c, p, r: c + p + 2 * r, num_prompts=20)
+    other = dial("exmate", lambda c, p, r: 0.5 * c + p + 2 * r, num_prompts=20, seed=1)
+    one = compare_grid(grid(rows + other), CONTROL, 300, 0)
+    thrice = grid(rows * 3 + other).append_column("model", pa.array([k for k in range(3) for _ in rows] + [0] * len(other)))
+    for single, pooled in zip(one, compare_grid(thrice, CONTROL, 300, 0), strict=True):
+        assert pooled["num_prompts"] == 20
+        for key in ("value", "low", "high", "p"):
+            assert pooled[key] == pytest.approx(single[key]), key
 
 
 def test_only_shared_prompts_are_compared():

@@ -7,6 +7,7 @@ import json
 import math
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from ctrlray.errors import DataError
@@ -133,3 +134,64 @@ def test_an_empty_or_foreign_grid_is_refused():
         evaluate_grid(grid([]), CONTROL, 100, 0)
     with pytest.raises(DataError, match="units_brief"):
         evaluate_grid(grid([("clm", "p", (1,), (1.0,), 3, "x")], ONE), CONTROL, 100, 0)
+
+
+LONG = "We may walk. We may walk. We may walk."
+HAND = [  # one attribute of three levels, two prompts: units, tokens, text
+    ("p0", 1, 1.0, 3, "No."),
+    ("p0", 2, 2.0, 7, "I'm sorry, but I can't help with that."),
+    ("p0", 3, 3.0, 15, LONG),
+    ("p1", 1, 2.0, 7, "Yes."),
+    ("p1", 2, 3.0, 15, LONG),
+    ("p1", 3, 1.0, 3, "Yes."),
+]
+
+
+def test_every_statistic_of_a_grid_is_the_one_that_it_is_called():
+    """By hand. Units are log2(1 + tokens) - 1, so that length explains all of them: tokens 3, 7, 15 give 1, 2, 3."""
+    found = evaluate([("clm", p, (k,), (u,), n, text) for p, k, u, n, text in HAND], ONE)["clm"]
+    kind = found["attributes"]["kind"]
+    # p0 has all three pairs in order, p1 that of levels 1 and 2
+    assert kind["pairwise"]["value"] == pytest.approx(4 / 6)
+    assert kind["length_adjusted"]["pairwise"]["value"] == 0.5 and kind["length_adjusted"]["monotone_prompts"]["value"] == 0
+    assert found["slopes"][0][0]["value"] == pytest.approx((2 - 1) / 4)
+    assert found["slopes_length_adjusted"][0][0]["value"] == 0
+    assert kind["monotone_prompts"]["value"] == 0.5
+    assert kind["mae"]["value"] == pytest.approx((0 + 0 + 0 + 1 + 1 + 2) / 6) and kind["bias"]["value"] == 0
+    assert found["mean_tokens"] == pytest.approx(50 / 6) and found["finished"] == 1
+    assert found["texts"]["tokens"]["value"] == pytest.approx(50 / 6)
+    # levels 1, 2, 3 ask for shares 1/6, 3/6, 5/6 of one attribute, whose weight is then 1: the mean of the reached shares
+    reached = [(units - 0.5) / 3 for units in (1.5, 2.5, 2.0)]
+    assert found["pareto"]["mean_inner_product"]["value"] == pytest.approx(np.mean(reached))
+    # words of p0: no / i'm sorry but i can't help with that / we may walk, three times; of p1: yes / the long one / yes
+    assert found["texts"]["distinct_1"]["value"] == pytest.approx((1 + 8 + 3 + 1 + 3) / (1 + 8 + 9 + 1 + 9 + 1))
+    assert found["texts"]["distinct_2"]["value"] == pytest.approx((7 + 3 + 3) / (7 + 8 + 8))
+    # of the long answer's six 4-grams three differ; "no" and "yes" have none, the refusal repeats nothing
+    assert found["texts"]["repetition"]["value"] == pytest.approx((0 + 0.5 + 0.5) / 3)
+    assert found["texts"]["refused"]["value"] == pytest.approx(1 / 6)
+
+
+def test_answers_of_several_models_never_mix():
+    """Two training seeds of one method, the second of which scores ten levels higher: each is compared with itself alone."""
+    weak = dial("clm", lambda c, p, r: 0.3 * c + p + r, num_prompts=15)
+    strong = dial("clm", lambda c, p, r: 10 + 2.0 * c + p + r, num_prompts=15, seed=1)
+    pooled = evaluate_grid(
+        grid(weak + strong).append_column("model", pa.array([0] * len(weak) + [1] * len(strong))), CONTROL, 200, 0
+    )["clm"]
+    alone = [evaluate(rows)["clm"] for rows in (weak, strong)]
+    assert pooled["num_prompts"] == 15 and pooled["num_rows"] == 2 * 15 * 9
+    for name in ("kind", "brief"):
+        for key in ("pairwise", "monotone_prompts", "bias"):
+            values = [a["attributes"][name][key]["value"] for a in alone]
+            assert pooled["attributes"][name][key]["value"] == pytest.approx(np.mean(values)), key
+            assert values[0] != values[1]
+    assert pooled["slopes"][0][0]["value"] == pytest.approx(np.mean([a["slopes"][0][0]["value"] for a in alone]))
+
+
+def test_a_prompt_is_drawn_with_the_answers_of_all_models():
+    """Copies of a model add no certainty: the interval over prompts stays as wide as with one."""
+    rows = dial("clm", lambda c, p, r: 0.5 * c + p + r, num_prompts=15)
+    copies = grid(rows * 4).append_column("model", pa.array([k for k in range(4) for _ in rows]))
+    pooled, one = evaluate_grid(copies, CONTROL, 300, 0)["clm"], evaluate_grid(grid(rows), CONTROL, 300, 0)["clm"]
+    for key in ("pairwise", "mae", "spearman_level_means"):
+        assert pooled["attributes"]["kind"][key] == pytest.approx(one["attributes"]["kind"][key])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -52,6 +53,56 @@ def test_prepare_twice_gives_one_folder(base, tiny, private_cache):
     assert models.prepare(config.Model(name=str(tiny)), SPACE).folder == base.folder
 
 
+def folder_with(path, text):
+    path.mkdir(parents=True)
+    (path / "weights").write_text(text)
+    return path
+
+
+def test_a_folder_that_another_process_published_first_stays(tmp_path):
+    made, there = folder_with(tmp_path / "made", "mine"), folder_with(tmp_path / "there", "theirs")
+    models.publish(made, there)
+    assert (there / "weights").read_text() == "theirs" and not made.exists()
+    models.publish(folder_with(tmp_path / "made", "mine"), tmp_path / "new")
+    assert (tmp_path / "new" / "weights").read_text() == "mine"
+    with pytest.raises(FileNotFoundError):  # nothing is there: this one is no success
+        models.publish(folder_with(tmp_path / "made", "mine"), tmp_path / "no" / "folder")
+
+
+def test_two_that_prepare_a_base_at_once_read_one_folder(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    record = {"base_fingerprint": "f", "base_template": "t", "control_ids": []}
+
+    def prepare(made, *_):
+        for folder, who in ((made, "mine"), (made.parent.parent / target(), "theirs")):
+            folder_with(folder, who)
+            (folder / "ctrlray_base.json").write_text(json.dumps(record))
+
+    def target():
+        return models.digest(models.fingerprint(tiny), SPACE.tokens, [["brevity", 3], ["variety", 2]], SPACE.encoding, "v1")
+
+    monkeypatch.setattr(models, "_prepare_into", prepare)
+    base = models.prepare(config.Model(name=str(tiny)), SPACE)
+    assert (tmp_path / "ctrlray" / "bases" / target() / "weights").read_text() == "theirs"
+    assert base.folder.endswith(target())
+
+
+@pytest.mark.parametrize(("force", "stays"), [(False, "theirs"), (True, "mine")])
+def test_a_model_that_another_process_pulled_meanwhile_is_deleted_on_demand_only(tmp_path, monkeypatch, force, stays):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf, target = tmp_path / "g", tmp_path / "cache" / "ctrlray" / "models" / models.EMBEDDED_NAME
+    gguf.write_bytes(b"gguf")
+
+    def convert(gguf, made):
+        folder_with(made, "mine")
+        folder_with(target, "theirs")
+
+    monkeypatch.setattr(models, "_GGUF_SHA256", hashlib.sha256(b"gguf").hexdigest())
+    monkeypatch.setattr(models, "_embedded_gguf", lambda scratch: gguf)
+    monkeypatch.setattr(models, "_convert_gguf", convert)
+    assert models.pull_embedded(force) == target and (target / "weights").read_text() == stays
+
+
 def test_fingerprint_tells_checkpoints_apart(tiny, tmp_path, private_cache):
     from tests.fakes import tiny_model
 
@@ -61,15 +112,17 @@ def test_fingerprint_tells_checkpoints_apart(tiny, tmp_path, private_cache):
 
 @pytest.mark.parametrize(
     ("remove", "message"),
-    [("config.json", "no config.json"), ("model.safetensors", "is a pickle"), ("tokenizer*", "no tokenizer")],
+    [("config.json", r"no config\.json; give"), ("model.safetensors", "no .*is a pickle"), ("tokenizer*", "no tokenizer files")],
 )
 def test_broken_folders_are_refused(tiny, tmp_path, remove, message):
     folder = shutil.copytree(tiny, tmp_path / "copy")
     for file in folder.glob(remove):
         file.unlink()
     (folder / "pytorch_model.bin").write_bytes(b"pickle")
-    with pytest.raises(ConfigError, match=message):
-        models.resolve(config.Model(name=str(folder)))
+    with pytest.raises(ConfigError, match=rf"^rewards\.2\.model='{folder}': {message}"):
+        models.resolve(config.Model(name=str(folder)), "rewards.2.model")
+    with pytest.raises(ConfigError, match=rf"^model\.name='org/m' in {folder}: {message}"):
+        models.check_folder(folder, "model.name", "org/m")
 
 
 @pytest.mark.parametrize("lora", [config.LoRA(rank=4), None])

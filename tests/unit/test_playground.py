@@ -204,6 +204,7 @@ def test_a_conversation_goes_on_with_another_model(visit):
 def test_a_model_that_was_taken_from_the_key_is_no_longer_offered(visit):
     world = World(engine=DialledEngine(), judge=FakeJudge(), **WEB)
     page = visit(world)
+    expect(page.locator("#prompt")).to_be_focused()  # the page knows what the key allows
     web = world.policy.keys[0].model_copy(update={"models": ("tiny-start",)})
     world.policy = world.policy.model_copy(update={"keys": (web, world.policy.keys[1])})
     ask(page)
@@ -310,9 +311,14 @@ def test_keys_are_asked_for_kept_in_the_tab_and_in_no_link(visit):
     link = page.evaluate("navigator.clipboard.readText()")
     assert "ck-web" not in link and "prompt=ck-what" in link and "levels=safety:4,helpfulness:2" in link
     assert page.evaluate("Object.keys(localStorage).length") == 0 and page.context.cookies() == []
+    ask(page)
+    expect(answers(page)).to_have_count(1)
     page.get_by_role("button", name="Change key").click()
     expect(page.locator("#key")).to_be_focused()
     assert page.evaluate("sessionStorage.length") == 0
+    sign_in(page, "ck-web")
+    expect(page.locator("#prompt")).to_be_focused()
+    assert answers(page).count() == 0  # nothing of what the one before said
 
 
 def test_a_link_sets_the_page_and_what_the_key_does_not_allow_is_moved(visit):
@@ -327,9 +333,14 @@ def test_a_link_sets_the_page_and_what_the_key_does_not_allow_is_moved(visit):
 
 def test_keys_of_the_keyboard_are_enough(visit):
     page = visit(World(engine=DialledEngine()))
+    expect(page.locator("#prompt")).to_be_focused()  # the page has been drawn; what is focused before that loses the focus to it
     page.locator("#tab-chat").focus()
     page.keyboard.press("ArrowRight")
     assert page.evaluate("document.activeElement.id") == "tab-compare"
+    moves = (("End", "grid"), ("Home", "chat"), ("ArrowLeft", "grid"), ("ArrowRight", "chat"), ("ArrowRight", "compare"))
+    for pressed, there in moves:
+        page.keyboard.press(pressed)
+        assert page.evaluate("document.activeElement.id") == f"tab-{there}"
     for _ in range(3):
         page.keyboard.press("Tab")  # model, link, key
     page.keyboard.press("Tab")

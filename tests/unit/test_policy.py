@@ -263,6 +263,16 @@ def test_a_critic_from_another_model(folder, tmp_path):
         policy(folder, advantage="gae", critic=config.Critic(model=str(tmp_path / "big")))
 
 
+def test_a_critic_s_pickle_is_not_loaded(folder, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.config.save_pretrained(tmp_path)
+    torch.save(network.state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(OSError, match="safetensors"):
+        policy(folder, advantage="gae", critic=config.Critic(model=str(tmp_path)))
+
+
 def test_acting_ends_with_the_policy_even_after_an_error(folder):
     network = policy(folder, advantage="gae")
     spare = copy.deepcopy(network)

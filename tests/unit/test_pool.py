@@ -171,7 +171,9 @@ def test_answers_keep_the_order_of_their_prompts(cluster):
     with pool() as engines:
         made = engines.generate([[i] * (i + 1) for i in range(5)], config.Sampling(), 2, lambda *done: told.append(done))
     assert [c.token_ids for c in made] == [[0], [1, 1], [2] * 3, [3] * 4, [4] * 5]
-    assert sum(rows for rows, _ in told) == 5 and sum(tokens for _, tokens in told) == 15
+    assert sorted((i, c.token_ids) for places, batch in told for i, c in zip(places, batch, strict=True)) == list(
+        enumerate(c.token_ids for c in made)
+    )
     assert len(cluster.actors) == 2 and all(a.killed for a in cluster.actors)
     assert [(a.options["num_cpus"], a.options["num_gpus"]) for a in cluster.actors] == [(0.5, 1.0)] * 2
 
@@ -191,12 +193,33 @@ def test_log_probs_keep_the_order_of_their_answers_and_leave_out_one_that_ends_e
         assert engines.logp([[1], [2], [3]], [[1], [13], [2, 2]], 2) == [-11.0, None, -43.0]
 
 
-def test_engines_that_end_too_often_are_given_up_with_the_last_words(cluster):
+def test_engines_that_end_on_everything_are_given_up_with_the_last_words(cluster):
+    """With 16 prompts, then with two of the eighths."""
     said = (
-        r"p: engines ended 3 times, more than generate\.pool\.max_restarts=2 allows; the last one with: ValueError: 13 is unlucky"
+        r"p: engines ended 3 times in a row and finished nothing in between, more than generate\.pool\.max_restarts=2 allows; "
+        r"the last one with: ValueError: 13 is unlucky"
     )
-    with pool(max_restarts=2) as engines, pytest.raises(ClusterError, match=said):
-        engines.generate([[13], [1]], config.Sampling(), 2)
+    with pool(size=1, max_restarts=2) as engines, pytest.raises(ClusterError, match=said):
+        engines.generate([[13]] * 16, config.Sampling(), 16)
+    assert len(cluster.actors) == 3
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_prompts_that_end_engines_cost_as_many_as_it_takes_to_find_them(cluster, size):
+    """Six batches of 24, two prompts in each guilty, in other eighths: with the batch, with two eighths, and twice each alone."""
+    prompts = [[13] if i % 24 in (0, 21) else [100 + i] for i in range(6 * 24)]
+    with pool(size=size, max_restarts=2 * size) as engines:
+        made = engines.generate(prompts, config.Sampling(), 24)
+    assert [m and m.token_ids for m in made] == [None if p == [13] else p for p in prompts]
+    assert len(cluster.actors) == size + 6 * (1 + 2 + 2 * 2)
+
+
+def test_a_run_of_prompts_that_end_engines_is_no_engine_that_ends_on_everything(cluster):
+    """The first eight of 24: the whole and three eighths end in vain, then each of them ends two."""
+    prompts = [[13]] * 8 + [[100 + i] for i in range(16)]
+    with pool(size=1, max_restarts=4) as engines:
+        made = engines.generate(prompts, config.Sampling(), 24)
+    assert [m is None for m in made] == [True] * 8 + [False] * 16 and len(cluster.actors) == 1 + 1 + 3 + 8 * 2
 
 
 def test_engines_that_disagree_on_their_weights_stop_the_run(cluster):
@@ -327,7 +350,7 @@ def test_engines_that_die_over_every_update_are_given_up(cluster, monkeypatch):
         raise ValueError("killed")
 
     monkeypatch.setattr(Host, "load_weights", load_weights)
-    with pool(max_restarts=2) as engines, pytest.raises(ClusterError, match=r"engines ended 3 times, more than .*: killed$"):
+    with pool(max_restarts=2) as engines, pytest.raises(ClusterError, match=r"engines ended 3 times in a row .*: killed$"):
         engines.load_weights("/w")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -72,7 +73,7 @@ def driver(tmp_path, run, steps=4, timeout_s=5.0, **settings):
     out = Storage(str(tmp_path))
     ppo = config.PPO(steps=steps, **settings)
     producer = Producer(out)
-    task = SimpleNamespace(objective=ppo, out=out)
+    task = SimpleNamespace(objective=ppo, out=out, settings=config.Train())
     return drive._Driver(task, producer, Background(run(out)), Watch("ppo", out, Silent()), Silent(), timeout_s), producer
 
 
@@ -119,10 +120,12 @@ def test_a_learner_that_ends_early_is_an_error(tmp_path):
         made.run()
 
 
-def test_a_learner_that_stands_still_is_given_up(tmp_path):
+def test_a_learner_that_stands_still_is_given_up(tmp_path, monkeypatch):
+    free = SimpleNamespace(available_resources=lambda: {"CPU": 0.5})
+    monkeypatch.setitem(sys.modules, "ray", free)
     over = threading.Event()
     made, _ = driver(tmp_path, lambda out: over.wait, timeout_s=0.2)
-    with pytest.raises(ClusterError, match=r"nothing finished for 0\.2 s; it waits for version 1 of .*stall_timeout_s"):
+    with pytest.raises(ClusterError, match=r"nothing finished for 0\.2 s; it waits for version 1 of .* 1 workers .*0\.5 CPUs"):
         made.run()
     over.set()
 

@@ -87,13 +87,25 @@ def test_prompts_without_room_for_an_answer_are_left_out_and_counted():
     assert {a.prompt_id for a in order.asks(0)} == {rows("a")[0]["prompt_id"]}
 
 
+def test_prompts_that_cannot_be_rendered_are_left_out_and_counted():
+    class Careful(Letters):
+        def render(self, messages, levels=None):
+            if messages[0]["content"] == "!":
+                raise DataError("the user text '!' holds what the model's tokenizer reads as <|end|>; take it out")
+            return super().render(messages, levels)
+
+    ppo = config.PPO(prompts_per_step=2)
+    order = Prompts(rows("a", "!", "c", "b" * 2000), SPACE, Careful(), ppo, 1024, 0)
+    assert (order.num_refused, order.num_too_long, order.num_usable) == (1, 1, 2)
+
+
 class Engines:
     """Fake: answers by number; None for some."""
 
     def __init__(self, gone=()):
         self.gone, self.weights_version = set(gone), 7
 
-    def generate(self, prompts, sampling, batch_size, progress=None):
+    def generate(self, prompts, sampling, batch_size, done=None):
         made = [Completion(f" {'x' * i} ", [5] * (i + 1), -1.0, "stop", [-0.5] * (i + 1), 6 + i % 2) for i in range(len(prompts))]
         return [None if i in self.gone else c for i, c in enumerate(made)]
 

@@ -72,10 +72,15 @@ def test_one_opening_is_never_in_both_splits(tmp_path):
 
 
 def test_hh_without_an_answer_is_quarantined(tmp_path):
-    rows = [{"chosen": f"\n\nHuman: q{i}\n\nAssistant: a"} for i in range(3)] + [{"chosen": "\n\nHuman: only"}, {"other": 1}]
+    rows = [{"chosen": f"\n\nHuman: q{i}\n\nAssistant: a"} for i in range(3)]
+    rows += [{"chosen": "\n\nHuman: only"}, {"chosen": "\n\nAssistant: to nobody"}, {"other": 1}]
     (tmp_path / "hh.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    _, result, _ = load(tmp_path, config.HHPrompts(path=str(tmp_path / "hh.jsonl")))
-    assert result.quarantined == {"unreadable": 2}
+    kept, result, out = load(tmp_path, config.HHPrompts(path=str(tmp_path / "hh.jsonl")))
+    assert len(kept) == 3 and result.quarantined == {"unreadable": 3}
+    bad = {r["row_id"]: r["detail"] for r in out.read_table("quarantine", schema.QUARANTINE).to_pylist()}
+    assert bad.keys() == {"hh.jsonl#4", "hh.jsonl#5", "hh.jsonl#6"} and "'chosen'" in bad["hh.jsonl#6"]
+    assert bad["hh.jsonl#4"].startswith("an HH dialogue ends with the assistant's answer, this one does not; add it")
+    assert bad["hh.jsonl#5"] == "an HH dialogue begins with a human's turn; this one is an answer alone"
 
 
 def test_packaged_prompts_mix_both_kinds(tmp_path):
@@ -113,3 +118,10 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
 def test_real_files_are_read_whole(tmp_path, kind, name, rows):
     made = list(prompts.read_source(kind(path=str(Path(DATA) / name))))
     assert len(made) == rows and all(r.messages for r in made)
+
+
+def test_a_file_of_other_columns_is_told_by_its_first_row(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"ask": "a"}\n{"ask": "b"}\n{"ask": "c"}\n')
+    said = r"sources give 0 different ones.*3 rows could not be read, the first of them x\.jsonl#1: no column messages or .*'ask'"
+    with pytest.raises(ConfigError, match=said):
+        load(tmp_path, config.FilePrompts(path=str(tmp_path / "x.jsonl")))

@@ -78,6 +78,12 @@ def test_any_number_of_attributes(num_attributes):
         assert f"{name}: values with 95% intervals" in page.words
 
 
+def test_a_pool_in_one_cell_has_its_panel():
+    """As distillation leaves it when all scores are alike, before it and after."""
+    page = Page(render(report_data(cells_before={"2,2": 9}, cells_after={"2,2": 9})))
+    assert "Of 9 level cells, 8 are empty before and 8 are empty after." in page.words
+
+
 def reinforcement(steps=5):
     return [
         {"step": i + 1, "reward": -2 + 0.1 * i, "kl": 0.2 * i, "generate_s": 4.0, "forward_s": 2.0, "length": 30.0}

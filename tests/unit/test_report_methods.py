@@ -89,9 +89,15 @@ def test_answers_and_prompt_sets():
     assert [(c.text, c.tone) for c in row] == [("kind", ""), ("0.60", "good"), ("0.05", ""), ("660", "")]
 
 
+def test_the_overview_has_what_an_answer_costs_where_it_was_measured():
+    found = methods.overview_table({"start": {}, "reranking": {}}, {}, {"reranking": {"tokens": 281.25, "seconds": 1.5}})
+    at = [found.header.index(h) for h in ("Tokens spent on an answer", "Engine seconds spent on an answer")]
+    assert [[row[i].text for i in at] for row in found.rows] == [[DASH, DASH], ["281.2", "1.500"]]
+
+
 def test_the_overview_has_the_kl_to_the_base_where_it_was_measured():
     drifted = {"start": {"num_rows": 9}, "exmate": {"num_rows": 9, "kl_base": {"value": 6.25, "low": 5.0, "high": 8.0}}}
-    found = methods.overview_table(drifted, {})
+    found = methods.overview_table(drifted, {}, {})
     at = found.header.index("KL to the base, nats/answer")
     start, exmate = (row[at] for row in found.rows)
     assert (start.text, exmate.text, exmate.note) == (DASH, "6.2", "[5.0, 8.0]")

@@ -123,3 +123,10 @@ def test_membership_of_no_rows_in_none():
     assert requests.among(empty, empty).size == 0
     known = np.sort(requests.keys(["a", "b"]))
     assert requests.among(requests.keys(["b", "z", "a"]), known).tolist() == [True, False, True]
+
+
+def test_keys_are_joined_in_order_and_counted_a_slice_at_a_time(monkeypatch):
+    monkeypatch.setattr(requests, "_AT_ONCE", 2)
+    some = requests.joined([requests.keys(["c", "a"]), requests.keys(["b", "z", "y"])])
+    assert some.tolist() == sorted(map(hash, "abcyz")) and requests.joined([]).size == 0
+    assert requests.num_among(some, requests.joined([requests.keys(["a", "y", "no"])])) == 2

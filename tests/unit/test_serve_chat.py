@@ -82,6 +82,11 @@ def test_json_mode_passes(world):
     assert world.engine.orders[0]["response_format"]["json_schema"]["schema"] == schema
 
 
+def test_any_json_object_passes(world):
+    assert world.web.post(CHAT, json=ask(response_format={"type": "json_object"})).status_code == 200
+    assert world.engine.orders[0]["response_format"] == {"type": "json_object"}
+
+
 def test_logprobs_come_in_the_chat_form(world):
     for stream in (False, True):
         answer = world.web.post(CHAT, json=ask(logprobs=True, top_logprobs=1, stream=stream))

@@ -92,6 +92,7 @@ FIELDS = {
     "model": lambda x: chat(("user", "Hi"), model=x),
     "role": lambda x: chat((x, "Hi")),
     "schema name": lambda x: chat(("user", "Hi"), response_format=schema(name=x)),
+    "schema description": lambda x: chat(("user", "Hi"), response_format=schema(description=x[:4096])),
     "schema": lambda x: chat(("user", "Hi"), response_format=schema(schema={"const": x})),
     "attribute": lambda x: chat(("user", "Hi"), control={x: 1}),
     "level": lambda x: chat(("user", "Hi"), control={"safety": x}),
@@ -114,7 +115,13 @@ class Attacked(World):
     def __init__(self, tokenizer) -> None:
         bounds = {"safety": Bounds(low=2, high=4, default=3)}
         super().__init__(
-            tokenizer=tokenizer, context=400_000, max_body_bytes=10_000_000, attributes=bounds, completions=True, models=("tiny",)
+            tokenizer=tokenizer,
+            context=400_000,
+            max_body_bytes=10_000_000,
+            max_held_bytes=10_000_000,
+            attributes=bounds,
+            completions=True,
+            models=("tiny",),
         )
         self.tokenizer = tokenizer
         self.specials = set(tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))

@@ -1,4 +1,4 @@
-"""The ingress under load and faults: limits, callers who leave, replicas that die, bodies that are long or slow."""
+"""The ingress under load and faults: limits, callers who leave, replicas that die."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import json
 import httpx
 import pytest
 
-from ctrlray.serve.policy import Bounds, Key, Policy, hashed
+from ctrlray.serve.policy import Bounds
 from ctrlray.serve.refusal import Refusal
-from tests.fakes import FakeJudge
-from tests.ingress import CHAT, World, ask, events
+from tests.fakes import FakeEngine, FakeJudge
+from tests.ingress import CHAT, World, ask, body_part, events, run, send_body
 
 
 class GoneJudge:
@@ -110,6 +110,11 @@ def test_metrics_by_level_and_model(world):
     assert 'ctrlray_requests_total{key="web",model="tiny",status="200"} 2.0' in text
     assert 'ctrlray_request_seconds_count{attribute="safety",level="3",model="tiny"} 1.0' in text
     assert 'ctrlray_level_tokens_total{attribute="helpfulness",level="2",model="tiny"} 22.0' in text
+    assert 'ctrlray_level_requests_total{attribute="safety",level="3",model="tiny",status="200"} 1.0' in text
+    assert 'ctrlray_level_requests_total{attribute="helpfulness",level="2",model="tiny",status="200"} 2.0' in text
+    assert 'ctrlray_level_first_token_seconds_count{attribute="safety",level="4",model="tiny"} 1.0' in text
+    assert 'ctrlray_level_first_token_seconds_count{attribute="safety",level="3"' not in text  # that one was no stream
+    assert not [line for line in text.splitlines() if line.startswith("ctrlray_level") and "key=" in line]
     assert 'ctrlray_first_token_seconds_count{model="tiny"} 1.0' in text
     assert 'ctrlray_refused_total{key="web",status="400"} 1.0' in text
     assert 'ctrlray_refused_total{key="",status="401"} 1.0' in text
@@ -118,54 +123,26 @@ def test_metrics_by_level_and_model(world):
 
 def test_open_metrics(world):
     world.policy = world.policy.model_copy(update={"metrics": "open"})
-    assert world.client(None).get("/metrics").status_code == 200
+    assert world.client(None).get("/metrics").status_code == 200 == world.web.get("/metrics").status_code
 
 
-def run(coroutine):
-    return asyncio.run(asyncio.wait_for(coroutine, 20))
+def test_metrics_are_for_keys_that_the_policy_marks(world):
+    """They show what all keys are called and how much they ask."""
+    refused = world.web.get("/metrics")
+    assert refused.status_code == 403 and "metrics: true" in refused.json()["error"]["message"] and "admin" not in refused.text
+    assert World(metrics=True).web.get("/metrics").status_code == 200
 
 
-async def send_body(app, messages, headers=()):
-    """Drive the application by hand; messages are (delay in s, ASGI message). Returns what it sent."""
-    sent, waiting = [], iter(messages)
-
-    async def receive():
-        delay, message = next(waiting, (60, None))
-        await asyncio.sleep(delay)
-        return message
-
-    async def send(message):
-        sent.append(message)
-
-    pairs = [(b"authorization", b"Bearer ck-web"), (b"content-type", b"application/json"), *headers]
-    scope = {"type": "http", "method": "POST", "path": CHAT, "raw_path": CHAT.encode(), "query_string": b"", "headers": pairs}
-    await app(scope, receive, send)
-    return sent
+def test_a_broken_policy_file_shows_in_metrics(world):
+    assert "\nctrlray_policy_file_broken 0.0\n" in metrics(world)
+    world.problem = "no key"
+    assert "\nctrlray_policy_file_broken 1.0\n" in metrics(world)
 
 
-def body_part(content: bytes, more: bool):
-    return {"type": "http.request", "body": content, "more_body": more}
-
-
-def test_long_bodies_are_refused_early():
-    world = World(max_body_bytes=1000)
-    declared = run(send_body(world.app, [], [(b"content-length", b"1001")]))  # not a byte of it was read
-    assert declared[0]["status"] == 413 and (b"connection", b"close") in declared[0]["headers"]
-    endless = [(0, body_part(b"x" * 600, True))] * 9
-    assert run(send_body(world.app, endless))[0]["status"] == 413
-
-
-def test_bodies_that_trickle_in_are_given_up():
-    world = World(body_timeout_s=0.3)
-    sent = run(send_body(world.app, [(0.1, body_part(b" ", True))] * 50))
-    assert sent[0]["status"] == 408 and b"body_timeout" in sent[1]["body"]
-
-
-def test_unknown_callers_are_answered_before_their_body():
-    world = World()
-    world.policy = Policy(keys=(Key(name="other", hash=hashed("x")),))
-    sent = run(send_body(world.app, []))
-    assert sent[0]["status"] == 401 and (b"connection", b"close") in sent[0]["headers"]  # the rest of it is not waited for
+def test_plain_completions_have_no_levels_in_metrics(world):
+    world.admin.post("/v1/completions", json={"model": "tiny", "prompt": "x", "stream": True})
+    text = metrics(world)
+    assert 'ctrlray_first_token_seconds_count{model="tiny"} 1.0' in text and "ctrlray_level_requests_total{" not in text
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -180,6 +157,41 @@ def test_a_caller_who_leaves_frees_the_place_and_the_engine(stream):
     world = run(scenario())
     assert world.in_flight == 0 and world.engine.stopped == 1 and len(world.engine.orders) == 1
     assert 'status="499"} 1.0' in metrics(world)
+
+
+RERANKED = {"control_strategy": "rerank", "candidates": 2, "max_tokens": 100}
+
+
+@pytest.mark.parametrize(
+    "fields, kept", [({}, True), ({"stream": True}, False), (RERANKED, True), (RERANKED | {"stream": True}, True)]
+)
+@pytest.mark.parametrize("how", ["left", "died"])
+def test_an_answer_that_nobody_counted_costs_what_was_set_aside(fields, kept, how):
+    """An engine may have made all of a whole answer; of a stream it has said how far it got."""
+
+    async def scenario():
+        world = World(judge=FakeJudge(), tokens_per_minute=300)
+        messages = [(0, body_part(json.dumps(ask(max_tokens=200) | fields).encode(), False))]
+        if how == "left":
+            world.engine.hangs = asyncio.Event()
+            messages.append((0.1, {"type": "http.disconnect"}))
+        else:
+            world.engine.error = {"message": "died", "code": 500}
+        sent = await send_body(world.app, messages)
+        world.engine.hangs = world.engine.error = None
+        return world, sent
+
+    world, sent = run(scenario())
+    assert len(world.engine.orders) == 1 and world.in_flight == 0 and (how == "left" or sent[0]["status"] == 503)
+    assert 'kind="completion",model="tiny"} 0.0' in metrics(world)  # which tells what was seen
+    assert world.web.post(CHAT, json=ask(max_tokens=200)).status_code == (429 if kept else 200)
+
+
+def test_an_answer_whose_scoring_failed_costs_its_tokens():
+    world = World(judge=GoneJudge(), tokens_per_minute=300)
+    assert world.web.post(CHAT, json=ask(**RERANKED)).status_code == 503
+    assert 'ctrlray_tokens_total{key="web",kind="completion",model="tiny"} 22.0' in metrics(world)
+    assert world.web.post(CHAT, json=ask(max_tokens=200)).status_code == 200
 
 
 def test_a_caller_who_leaves_mid_stream():
@@ -210,6 +222,104 @@ def test_task_that_is_cancelled_settles():
 
     world = run(scenario())
     assert world.in_flight == 0 and world.engine.stopped == 1
+
+
+class FarDesk:
+    """A desk in another process: what it was asked for, it does, whoever still waits for the answer."""
+
+    def __init__(self, desk, delay_s):
+        self.desk, self.delay_s, self.asked = desk, delay_s, []
+        self.settle, self.withdraw, self.refused, self.metrics = desk.settle, desk.withdraw, desk.refused, desk.metrics
+
+    async def admit(self, asked):
+        async def later():
+            await asyncio.sleep(self.delay_s)
+            return await self.desk.admit(asked)
+
+        self.asked.append(asyncio.ensure_future(later()))
+        return await asyncio.shield(self.asked[-1])
+
+
+SCORED = {"model": "tiny", "messages": ask()["messages"], "answer": "2x"}
+
+
+@pytest.mark.parametrize(
+    "path, body", [(CHAT, ask()), ("/v1/completions", {"model": "tiny", "prompt": "x"}), ("/v1/control/scores", SCORED)]
+)
+@pytest.mark.parametrize("after_s", [0.05, 0.1])
+@pytest.mark.parametrize("room", [9, 0])
+def test_a_caller_who_leaves_while_the_desk_decides_frees_the_place(path, body, after_s, room):
+    async def scenario():
+        world = World(judge=FakeJudge(), completions=True, room=room)
+        world.front.desk = FarDesk(world.desk, 0.1)
+        task = asyncio.ensure_future(send_body(world.app, [(0, body_part(json.dumps(body).encode()))], path=path))
+        await asyncio.sleep(after_s)
+        task.cancel()
+        await asyncio.wait({task})
+        await asyncio.gather(*world.front.desk.asked)
+        await asyncio.sleep(0.05)
+        return world
+
+    world = run(scenario())
+    assert len(world.front.desk.asked) == 1 and world.in_flight == 0 and world.engine.orders == []
+    assert ('ctrlray_requests_total{key="web",model="tiny",status="499"} 1.0' in metrics(world)) == (room > 0)
+
+
+def client(world, key="ck-web"):
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app=world.app), base_url="http://x", headers=headers)
+
+
+async def until(happens):
+    while not happens():
+        await asyncio.sleep(0.01)
+
+
+class OpenEngine(FakeEngine):
+    """Sends the first token of a stream, and the rest when `goes_on` is set."""
+
+    def __init__(self):
+        super().__init__()
+        self.goes_on, self.begun = asyncio.Event(), 0
+
+    async def answer(self, order):
+        async for batch in super().answer(order):
+            yield batch
+            self.begun += 1
+            await self.goes_on.wait()
+
+
+def test_a_stream_that_is_open_counts_as_a_request():
+    async def scenario():
+        world = World(concurrent=1, engine=OpenEngine())
+        async with client(world) as web:
+            first = asyncio.ensure_future(web.post(CHAT, json=ask(stream=True)))
+            await until(lambda: world.engine.begun)
+            refused = [await web.post(CHAT, json=ask(stream=stream)) for stream in (True, False)]
+            world.engine.goes_on.set()
+            return (await first).text, refused, await web.post(CHAT, json=ask(stream=True))
+
+    first, refused, later = run(scenario())
+    assert "data: [DONE]" in first and later.status_code == 200
+    assert [r.status_code for r in refused] == [429, 429] and "concurrent=1" in refused[0].json()["error"]["message"]
+
+
+def test_the_queue_fills_says_so_and_empties():
+    async def scenario():
+        world = World(room=2)
+        world.engine.hangs = asyncio.Event()
+        async with client(world) as web, client(world, "ck-admin") as admin:
+            waiting = [asyncio.ensure_future(c.post(CHAT, json=ask())) for c in (web, admin)]
+            await until(lambda: len(world.engine.orders) == 2)
+            refused = [await c.post(CHAT, json=ask()) for c in (web, admin)]  # it is of all keys
+            world.engine.hangs.set()
+            answered = await asyncio.gather(*waiting)
+            return world, refused, answered, [await web.post(CHAT, json=ask()) for _ in range(3)]
+
+    world, refused, answered, later = run(scenario())
+    assert [r.status_code for r in refused] == [429, 429] and all(int(r.headers["Retry-After"]) > 0 for r in refused)
+    assert "the queue of 'tiny' is full (2 requests)" in refused[0].json()["error"]["message"]
+    assert {r.status_code for r in [*answered, *later]} == {200} and len(world.engine.orders) == 5 and world.in_flight == 0
 
 
 def test_concurrent_requests_of_a_key_are_bounded():

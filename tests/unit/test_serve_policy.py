@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hmac
 import math
+import os
 import pickle
+import re
 
 import pytest
 import yaml
@@ -11,9 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ctrlray.errors import ConfigError
+from ctrlray.serve import policy as policy_module
 from ctrlray.serve.dial import Dial, Range, check_policy, from_header, to_header
-from ctrlray.serve.limits import TICKET_LIFETIME_S, Asked, Bucket, Limits
-from ctrlray.serve.policy import Bounds, Key, Policy, PolicyFile, hashed, local_policy, mint
+from ctrlray.serve.limits import UNSEEN_S, WITHDRAWN_S, Asked, Bucket, Faults, Limits
+from ctrlray.serve.policy import AGAIN_S, SETTLED_S, Bounds, Key, Policy, PolicyFile, hashed, local_policy, mint
 from ctrlray.serve.refusal import Refusal
 
 DIAL = Dial((Range("safety", 5, 1, 5, 5), Range("helpfulness", 3, 2, 3, 3)))
@@ -103,9 +107,30 @@ def test_keys_are_found_by_hash_alone():
     assert len(key) > 43 and key not in policy.model_dump_json()
 
 
+def test_finding_a_key_takes_as_many_comparisons_for_a_hit_as_for_a_miss(monkeypatch):
+    """All of them in constant time: neither the number of keys before it nor a common beginning of two hashes shows."""
+    compared = []
+
+    def compare(one, two):
+        compared.append((one, two))
+        return real(one, two)
+
+    real = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    policy = Policy(keys=tuple(Key(name=f"k{i}", hash=hashed(f"ck-{i}")) for i in range(5)))
+    counts = []
+    for presented in ("ck-0", "ck-4", "ck-none", ""):
+        compared.clear()
+        policy.find(presented)
+        assert {two for _, two in compared} == {hashed(presented)}
+        counts.append(len(compared))
+    assert counts == [5, 5, 5, 5]
+
+
 def test_two_keys_never_mint_alike_and_the_local_one_works():
     key, policy = local_policy()
     assert policy.find(key).name == "local" and local_policy()[0] != key
+    assert policy.find(key).metrics  # whoever started the server is its operator
 
 
 @pytest.mark.parametrize(
@@ -145,23 +170,165 @@ def test_policies_that_do_not_fit_the_models(key, message):
         check_policy(policy, {"tiny": DIAL})
 
 
-def test_policy_is_reloaded_and_a_broken_one_leaves_the_last_good_one(tmp_path):
+class Watched:
+    """A policy file, what it said to the operator, and a clock that stands still."""
+
+    def __init__(self, path):
+        self.path, self.now_s, self.said = path, 1e9, []
+        self.write("first")
+        self.file = PolicyFile(path, lambda policy: check_policy(policy, {"tiny": DIAL}), self.said.append, lambda: self.now_s)
+
+    def write(self, name: str) -> None:
+        self.put(yaml.safe_dump({"keys": [{"name": name, "hash": HASH}]}))
+
+    def put(self, text: str, ahead_s: float = 0.0) -> None:
+        """Write it now; by the file's own time so much later."""
+        self.path.write_text(text)
+        os.utime(self.path, (self.now_s + ahead_s, self.now_s + ahead_s))
+
+    def later(self, seconds: float) -> str:
+        """Whose key it is after so long, by what is asked then."""
+        self.now_s += seconds
+        return self.file.policy.find("ck-one").name
+
+
+@pytest.fixture
+def watched(tmp_path):
+    return Watched(tmp_path / "policy.yaml")
+
+
+def test_policy_is_reloaded_and_a_broken_one_leaves_the_last_good_one(watched):
+    assert watched.later(0) == "first"
+    watched.write("second-name")
+    assert watched.later(0) == "first" and watched.later(SETTLED_S) == "second-name" and not watched.file.problem
+    watched.put("keys: [")
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "second-name" and "policy file" in watched.file.problem
+    watched.path.unlink()
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "second-name" and watched.file.problem
+    watched.write("third")
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "third" and not watched.file.problem
+
+
+def test_a_policy_that_could_not_be_read_is_taken_when_it_can_be(watched, monkeypatch):
+    """Rights that are mended change neither content nor its time; storage that comes back changes nothing at all."""
+    reads = policy_module.read_policy
+    watched.write("second")
+    monkeypatch.setattr(policy_module, "read_policy", failing)
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "first" and "PermissionError" in watched.file.problem
+    assert watched.later(AGAIN_S) == "first" and len(watched.said) == 1
+    monkeypatch.setattr(policy_module, "read_policy", reads)
+    assert watched.later(1.0) == "first"
+    watched.path.chmod(0o600)
+    assert watched.later(0) == "second" and not watched.file.problem
+    watched.write("third")
+    monkeypatch.setattr(policy_module, "read_policy", failing)
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "second"
+    monkeypatch.setattr(policy_module, "read_policy", reads)
+    assert watched.later(AGAIN_S - 1) == "second" and watched.later(1.0) == "third"
+
+
+def test_one_that_is_not_in_force_is_no_more_read_while_it_is_written_than_another(watched):
+    watched.put("keys: [")
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "first" and watched.file.problem
+    watched.now_s += 2 * AGAIN_S
+    watched.write("half")
+    assert watched.later(0) == "first" and watched.later(SETTLED_S) == "half"
+
+
+def failing(path):
+    raise PermissionError(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "keys: {{ keys }}",  # a template that nobody filled in
+        "? [a, b]\n: 1",
+        "keys: [{name: a, hash: 2024-99-99}]",
+        "keys: [{name: a, hash: !!timestamp x}]",
+        "keys: [{name: a, hash: !!int ''}]",
+        "keys: !!map [a]",
+        'keys: "\\UFFFFFFFF"',
+        "keys: " + "[" * 3000,
+        "keys: &keys [*keys]",  # a list in itself
+        "keys: {2024-01-01: 1}",
+    ],
+)
+def test_whatever_is_in_a_broken_policy_file_the_last_good_one_stays_in_force(watched, text):
+    watched.put(text)
+    watched.later(0)
+    for _ in range(2):
+        assert watched.later(SETTLED_S) == "first" and str(watched.path) in watched.file.problem
+    assert len(watched.said) == 1 and "the policy of before stays" in watched.said[0]
+    with pytest.raises(ConfigError, match=re.escape(str(watched.path))):
+        PolicyFile(watched.path)
+    watched.write("second")
+    watched.later(0)
+    assert watched.later(SETTLED_S) == "second" and not watched.file.problem
+
+
+def test_a_policy_that_cannot_even_be_checked_leaves_the_last_good_one_in_force(tmp_path):
+    checked, said = [], []
+
+    def check(policy):
+        checked.append(policy)
+        if len(checked) > 1:
+            raise KeyError
+
     path = tmp_path / "policy.yaml"
+    path.write_text(yaml.safe_dump({"keys": [{"name": "a", "hash": HASH}]}))
+    file = PolicyFile(path, check, said.append)
+    path.write_text(yaml.safe_dump({"keys": [{"name": "other", "hash": HASH}]}))
+    os.utime(path, (1.0, 1.0))
+    assert file.policy.find("ck-one").name == "a" and "KeyError" in file.problem and len(said) == 1
 
-    def write(name: str) -> None:
-        path.write_text(yaml.safe_dump({"keys": [{"name": name, "hash": HASH}]}))
 
-    write("first")
-    file = PolicyFile(path, lambda policy: check_policy(policy, {"tiny": DIAL}))
-    assert file.policy.find("ck-one").name == "first"
-    write("second-name")
-    assert file.policy.find("ck-one").name == "second-name" and not file.problem
+def test_a_policy_file_that_is_being_written_is_not_read(watched):
+    """A good beginning of the file is a policy too: one without the keys that come later."""
+    for step in range(5):
+        watched.write(f"half-{'x' * step}")
+        assert watched.later(SETTLED_S * 0.8) == "first"  # it has just changed
+    assert watched.later(SETTLED_S) == "half-xxxx" and not watched.said
+
+
+def test_a_policy_file_that_was_written_long_before_the_next_request_is_read_at_once(watched):
+    watched.write("second")
+    assert watched.later(60) == "second"
+
+
+def test_a_policy_file_whose_clock_is_ahead_is_read_all_the_same(watched):
+    watched.put(watched.path.read_text().replace("first", "second"), ahead_s=3600)
+    assert watched.later(0) == "first" and watched.later(SETTLED_S) == "second"
+
+
+def test_the_operator_is_told_of_a_broken_policy_file_once_and_when_it_is_good_again(watched):
+    watched.put("keys: [")
+    watched.later(0)
+    for _ in range(3):
+        watched.later(SETTLED_S)
+    (said,) = watched.said
+    assert "the policy of before stays" in said and str(watched.path) in said
+    watched.write("second")
+    watched.later(0)
+    watched.later(SETTLED_S)
+    assert len(watched.said) == 2 and "in force again" in watched.said[1]
+
+
+def test_a_broken_policy_file_is_a_warning_of_the_log(tmp_path, caplog):
+    path = tmp_path / "policy.yaml"
+    path.write_text(yaml.safe_dump({"keys": [{"name": "a", "hash": HASH}]}))
+    file = PolicyFile(path)
     path.write_text("keys: [")
-    assert file.policy.find("ck-one").name == "second-name" and "policy file" in file.problem
-    path.unlink()
-    assert file.policy.find("ck-one").name == "second-name" and file.problem
-    write("third")
-    assert file.policy.find("ck-one").name == "third" and not file.problem
+    os.utime(path, (1.0, 1.0))
+    assert file.policy.find("ck-one").name == "a"
+    (record,) = [r for r in caplog.records if r.name == "ctrlray.serve.policy"]
+    assert record.levelname == "WARNING" and "the policy of before stays" in record.getMessage()
 
 
 def key(**limits) -> Key:
@@ -196,6 +363,78 @@ def test_tokens_are_held_and_the_rest_given_back():
     assert limits.admit(Asked("d", web, "m", 101), 0.0).retry_after_s == 0  # never
 
 
+def test_limits_that_change_to_and_fro_let_no_more_through():
+    """Two ingress replicas, one with the old policy and one with the new: 40 tokens a minute are not 40 for each change."""
+    limits = Limits({"m": 99})
+    old, new = key(tokens_per_minute=40, requests_per_minute=4), key(tokens_per_minute=60, requests_per_minute=6)
+    taken = [limits.admit(Asked(str(i), (old, new)[i % 2], "m", 15), 0.0) is None for i in range(20)]
+    assert sum(taken) == 2  # 40 - 15 - 15 = 10 are left, whichever policy asks
+    wait = limits.admit(Asked("a", new, "m", 40), 0.0)
+    assert wait.retry_after_s == 30 and "tokens_per_minute=60" in wait.message  # 30 lacking at 60 a minute
+    assert limits.admit(Asked("b", new, "m", 40), 30.0) is None  # it fills at the new rate
+
+
+def test_a_lower_limit_binds_at_once_and_a_higher_one_fills_with_time():
+    bucket = Bucket(60, 60.0, 0.0)
+    bucket.resize(30, 0.0)
+    assert bucket.level == 30
+    bucket.take(10)
+    bucket.resize(600, 30.0)  # half a minute at 30 a minute: full at 30
+    assert bucket.level == 30 and bucket.wait_s(40, 30.0) == 1  # 10 lacking at 600 a minute
+
+
+def test_a_request_that_ends_after_a_change_gives_back_what_it_held_and_no_more():
+    limits = Limits({"m": 99})
+    old, new = key(tokens_per_minute=100), key(tokens_per_minute=1000)
+    assert limits.admit(Asked("a", old, "m", 90), 0.0) is None
+    assert limits.admit(Asked("b", new, "m", 10), 0.0) is None
+    limits.settle("a", 40, 0.0)  # 100 - 90 - 10 + 50
+    assert limits.admit(Asked("c", new, "m", 51), 0.0) is not None
+    assert limits.admit(Asked("d", new, "m", 50), 0.0) is None
+    assert limits.admit(Asked("e", old, "m", 50), 3.0) is None  # 0 + 3 s at 1000 a minute
+    assert limits.admit(Asked("f", new, "m", 1), 63.0) is None
+    assert limits.admit(Asked("g", new, "m", 900), 123.0) is None  # full at 1000: 100 are left
+    limits.settle("e", 40, 123.0)  # 110, and not the 100 of the old limit
+    assert limits.admit(Asked("h", new, "m", 110), 123.0) is None
+
+
+def test_a_request_from_before_there_was_a_limit_gives_back_nothing():
+    limits = Limits({"m": 99})
+    assert limits.admit(Asked("a", key(), "m", 1000), 0.0) is None
+    assert limits.admit(Asked("b", key(tokens_per_minute=50), "m", 50), 0.0) is None
+    limits.settle("a", 10, 0.0)
+    assert limits.admit(Asked("c", key(tokens_per_minute=50), "m", 1), 0.0) is not None
+
+
+def test_refused_requests_are_as_many_as_the_key_may_send():
+    faults, web = Faults(), key(requests_per_minute=2)
+    faults.count(web, 0.0)
+    assert faults.check(web, 0.0) is None
+    faults.count(web, 0.0)
+    wait = faults.check(web, 0.0)
+    assert wait.retry_after_s == 30 and "requests_per_minute=2" in wait.message
+    assert faults.check(web, 30.0) is None and faults.check(key(name="other", requests_per_minute=2), 0.0) is None
+    for _ in range(9):
+        faults.count(key(name="free"), 0.0)
+    assert faults.check(key(name="free"), 0.0) is None
+
+
+def test_many_faults_at_once_make_the_wait_no_longer():
+    faults, web = Faults(), key(requests_per_minute=2)
+    for _ in range(50):  # of requests that were all here before the first was refused
+        faults.count(web, 0.0)
+    assert faults.check(web, 0.0).retry_after_s == 30
+    faults.count(web, 15.0)
+    assert faults.check(web, 15.0).retry_after_s == 30 and faults.check(web, 45.0) is None
+
+
+def test_the_key_s_own_limits_are_named_before_a_full_queue():
+    limits, web = Limits({"m": 1}), key(requests_per_minute=1)
+    assert limits.admit(Asked("a", web, "m", 1), 0.0) is None
+    waits = [limits.admit(Asked("b", k, "m", 1), 0.0) for k in (web, key(name="other"))]
+    assert [(w.of_key, "queue" in w.message) for w in waits] == [(True, False), (False, True)]
+
+
 def test_a_refused_request_takes_nothing():
     limits = Limits({"m": 99})
     web = key(requests_per_minute=1, tokens_per_minute=10)
@@ -218,11 +457,49 @@ def test_concurrent_and_queue():
     assert limits.admit(Asked("g", other, "m", 1), 2.5).retry_after_s == 3  # 2.5 s is what one took
 
 
-def test_a_request_whose_ingress_died_is_forgotten():
+def test_a_request_whose_ingress_died_is_forgotten_and_one_that_is_renewed_is_not():
+    limits = Limits({"m": 2}, UNSEEN_S)
+    for ticket in ("dead", "alive"):
+        assert limits.admit(Asked(ticket, key(), "m", 1), 0.0) is None
+    limits.renew(["alive", "unknown"], 50.0)
+    assert limits.admit(Asked("b", key(), "m", 1), UNSEEN_S) is not None
+    assert limits.admit(Asked("c", key(), "m", 1), UNSEEN_S + 1) is None
+    assert limits.admit(Asked("d", key(), "m", 1), UNSEEN_S + 50) is not None
+    assert limits.admit(Asked("e", key(), "m", 1), UNSEEN_S + 51) is None
+
+
+def test_a_long_answer_keeps_its_place_where_ingress_and_desk_are_one():
     limits = Limits({"m": 1})
     assert limits.admit(Asked("a", key(), "m", 1), 0.0) is None
-    assert limits.admit(Asked("b", key(), "m", 1), TICKET_LIFETIME_S) is not None
-    assert limits.admit(Asked("c", key(), "m", 1), TICKET_LIFETIME_S + 1) is None
+    assert limits.admit(Asked("b", key(), "m", 1), 1e6) is not None
+
+
+def test_a_withdrawn_request_frees_its_place_and_takes_no_tokens():
+    limits, web = Limits({"m": 1}), key(tokens_per_minute=100, requests_per_minute=3)
+    assert limits.admit(Asked("a", web, "m", 100), 0.0) is None
+    limits.withdraw("a", 3.0)
+    assert limits.in_flight() == 0 and limits.admit(Asked("b", web, "m", 100), 3.0) is None
+    limits.withdraw("b", 3.0)
+    assert limits.admit(Asked("c", key(name="other"), "m", 1), 3.0) is None
+    assert limits.admit(Asked("d", key(name="other"), "m", 1), 3.0).retry_after_s == 5  # it tells nothing of how long one takes
+    limits.settle("c", 1, 3.0)
+    assert limits.admit(Asked("e", web, "m", 1), 3.0) is None
+    limits.withdraw("e", 3.0)
+    assert "requests_per_minute" in limits.admit(Asked("f", web, "m", 1), 3.0).message  # as one whose caller leaves counts
+
+
+def test_a_request_that_was_withdrawn_before_it_came_in_is_refused(monkeypatch):
+    limits = Limits({"m": 9})
+    limits.withdraw("a", 0.0)
+    assert "withdrawn" in limits.admit(Asked("a", key(), "m", 1), WITHDRAWN_S).message and limits.in_flight() == 0
+    limits.withdraw("b", 0.0)
+    assert limits.admit(Asked("b", key(), "m", 1), WITHDRAWN_S + 1) is None
+    monkeypatch.setattr("ctrlray.serve.limits._MOST_WITHDRAWN", 3)
+    for i in range(9):
+        limits.withdraw(str(i), 100.0)
+    assert [*limits._withdrawn] == ["6", "7", "8"]
+    limits.withdraw("c", 101.0 + WITHDRAWN_S)
+    assert [*limits._withdrawn] == ["c"]
 
 
 @given(st.lists(st.tuples(st.floats(0, 20), st.integers(1, 40), st.integers(0, 40)), max_size=40))

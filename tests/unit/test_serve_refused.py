@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from ctrlray.serve import routes
 from ctrlray.serve.policy import Bounds
 from tests.ingress import CHAT, World, ask
 
@@ -90,6 +91,37 @@ def test_no_key_no_answer(world):
             assert answer.headers["WWW-Authenticate"] == "Bearer"
     for path in ("/healthz", "/docs", "/openapi.json", "/"):
         assert world.client(None).get(path).status_code == 200
+
+
+def test_the_header_is_there_once(world):
+    """A second one could be the one that a proxy wrote, or the one that it meant to replace."""
+    twice = [("X-Control", "safety=3"), ("X-Control", "helpfulness=3")]
+    for headers in (twice, [twice[0], ("x-control", "")]):
+        refused = world.web.post(CHAT, json=ask(), headers=headers)
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "X-Control"
+        assert "2 times" in refused.json()["error"]["message"]
+    assert world.engine.orders == [] and world.web.post(CHAT, json=ask(), headers=twice[:1]).status_code == 200
+
+
+def test_plain_completions_refuse_the_header(world):
+    body = {"model": "tiny", "prompt": "x"}
+    refused = world.admin.post("/v1/completions", json=body, headers={"X-Control": "safety=3"})
+    assert refused.status_code == 400 and "take no control" in refused.json()["error"]["message"] and world.engine.orders == []
+
+
+def test_answers_of_several_prompts_count_together(world):
+    """32 prompts of 16 answers each would be 512 answers of a key that may have 16."""
+    body = {"model": "tiny", "prompt": ["x"] * 5}
+    refused = world.admin.post("/v1/completions", json=body | {"n": 4})
+    assert refused.status_code == 403 and refused.json()["error"]["param"] == "n" and world.engine.orders == []
+    assert "n=4 of 5 prompts, 20 answers, is above the 16" in refused.json()["error"]["message"]
+    assert world.admin.post("/v1/completions", json=body | {"n": 3}).status_code == 200
+
+
+def test_the_page_is_rendered_once(world, monkeypatch):
+    rendered = []
+    monkeypatch.setattr(routes, "api_page", lambda description: rendered.append(description) or "page")
+    assert [world.client(None).get("/docs").text for _ in range(3)] == ["page"] * 3 and len(rendered) == 1
 
 
 def test_stock_routes_do_not_exist(world):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -13,8 +16,8 @@ from click.testing import CliRunner
 from ctrlray.cli import main
 from ctrlray.config import parse
 from ctrlray.errors import ConfigError
-from ctrlray.serve import catalog, edge
-from ctrlray.serve.bypass import is_loopback, refuse_bypass, refuse_open
+from ctrlray.serve import catalog, command, edge
+from ctrlray.serve.bypass import is_loopback, refuse_bypass, refuse_open, refuse_tokenless
 from ctrlray.serve.command import settings_of
 from ctrlray.serve.policy import hashed
 from ctrlray.serve.settings import ServeSettings
@@ -25,6 +28,9 @@ CARD = {
     "encoding": "tokens",
     "attributes": [{"name": "safety", "levels": 5, "low": 1, "high": 5, "default": 5}],
 }
+
+
+POLICY = f"keys: [{{{{name: web, hash: '{hashed('ck-web')}'{{}}}}}}]"
 
 
 def exported(folder, **changes):
@@ -39,6 +45,13 @@ def exported(folder, **changes):
 
 def resolve(*sources, **settings):
     return catalog.resolve(ServeSettings.model_validate({"models": [*sources], **settings}))
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_ray_that_asks_nobody_for_a_token_is_refused(monkeypatch, has_token):
+    monkeypatch.setattr("ray._private.authentication.authentication_utils.is_token_auth_enabled", lambda: has_token)
+    with contextlib.nullcontext() if has_token else pytest.raises(ConfigError, match="get-auth-token --generate"):
+        refuse_tokenless()
 
 
 @pytest.mark.parametrize(
@@ -90,6 +103,85 @@ def test_settings_of_file_and_command(tmp_path):
     assert found.models[0].name is None and found.policy.startswith("/") and found.rewards
 
 
+def test_a_server_in_a_terminal_ends_soon_and_one_of_a_cluster_ends_what_it_says(tmp_path):
+    file = tmp_path / "serve.yaml"
+    file.write_text("models: [{model: a}]\ndrain_s: 60\n")
+    assert settings_of(None, ["a"], [], None, []).drain_s == 5
+    assert settings_of(None, ["a"], [], None, ["drain_s=7"]).drain_s == 7 and settings_of(file, [], [], None, []).drain_s == 60
+    assert ServeSettings.model_validate({"models": [{"model": "a"}]}).drain_s == 300
+
+
+class FakeLaunch:
+    """Stands for `ctrlray.serve.launch`: nothing is deployed."""
+
+    def __init__(self, key):
+        self.key, self.asked, self.stopped = key, [], []
+
+    def run(self, settings, host, port, cluster):
+        self.asked.append((settings.models[0].model, host, port))
+        return self.key
+
+    def stop(self, drain_s):
+        self.stopped.append(drain_s)
+
+
+class Ended(BaseException):
+    """What a signal raises."""
+
+
+def serve(monkeypatch, settings, launch, looks=(), host="127.0.0.1"):
+    """Serve until what happens between looks at the policy file has happened, then the signal comes."""
+    happens = iter(looks)
+
+    def wait(*_):
+        step = next(happens, None)
+        if step is None:
+            raise Ended
+        step()
+
+    monkeypatch.setattr("ctrlray.serve.launch", launch, raising=False)
+    monkeypatch.setattr(command.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(command.signal, "pause", wait)
+    monkeypatch.setattr(command, "time", SimpleNamespace(sleep=wait))  # this module's alone: threads of others sleep too
+    with pytest.raises(Ended):
+        command.serve_until_stopped(settings, host, 8123)
+
+
+def test_address_and_key_are_printed_and_the_end_takes_the_server_down(monkeypatch, capsys):
+    launch = FakeLaunch("ck-new")
+    serve(monkeypatch, settings_of(None, ["a"], [], None, ["drain_s=90"]), launch)
+    said = capsys.readouterr().out
+    assert launch.asked == [("a", "127.0.0.1", 8123)] and launch.stopped == [90]
+    assert "http://127.0.0.1:8123/v1" in said and "key      ck-new\n" in said and said.endswith("stopping\n")
+
+
+def test_with_a_policy_no_key_is_printed_and_the_terminal_tells_of_a_broken_file(monkeypatch, capsys, tmp_path):
+    path = tmp_path / "policy.yaml"
+
+    def put(text):
+        path.write_text(text)
+        os.utime(path, (1.0 + len(text), 1.0 + len(text)))  # as if long ago
+
+    good, unfit = POLICY.format(""), POLICY.format(", attributes: {kindness: {}}")
+    put(good)
+    steps = [lambda: put("keys: ["), lambda: None, lambda: put(good), lambda: put(unfit), lambda: None]
+    launch, settings = FakeLaunch(None), settings_of(None, [str(exported(tmp_path / "mine"))], [], str(path), [])
+    serve(monkeypatch, settings, launch, steps, host="0.0.0.0")
+    said = capsys.readouterr()
+    assert launch.stopped == [5] and "key  " not in said.out
+    _, broken, again, misfit = said.err.split("policy   the policy file is ")
+    assert "policy of before stays" in broken and "in force again" in again and "attributes has 'kindness'" in misfit
+
+
+def test_a_policy_that_is_none_ends_it_before_anything_starts(monkeypatch, tmp_path):
+    (tmp_path / "policy.yaml").write_text("keys: []")
+    launch, settings = FakeLaunch(None), settings_of(None, [str(exported(tmp_path / "m"))], [], str(tmp_path / "policy.yaml"), [])
+    monkeypatch.setattr("ctrlray.serve.launch", launch, raising=False)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        command.serve_until_stopped(settings, "0.0.0.0", 8123)
+    assert launch.asked == []
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -98,6 +190,7 @@ def test_settings_of_file_and_command(tmp_path):
         ((["a"], [], None, ["replica.max=1"]), "unknown key"),
         ((["a"], [], None, ["replicas.min=2"]), "raise max"),
         ((["a"], [], None, ["replicas.gpus=2"]), "must be the same"),
+        ((["a"], [], None, ["ingress.max_held_bytes=2000"]), "is less than max_body_bytes=10000000"),
     ],
 )
 def test_settings_that_are_refused(words, message):

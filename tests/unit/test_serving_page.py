@@ -7,6 +7,7 @@ import json
 import pytest
 import yaml
 
+from ctrlray.serve import transport
 from ctrlray.serve.policy import Policy
 from tests.ingress import World, prompt_of
 from tests.live import DialledEngine, listening
@@ -50,6 +51,14 @@ def test_what_may_be_set(run):
 def test_the_policy_is_one():
     (key,) = Policy.model_validate(yaml.safe_load(SNIPPETS["policy"][1])).keys
     assert key.attributes["safety"].low == 3 and key.out_of_bounds == "clamp"
+
+
+def test_what_some_servers_lack_and_how_processes_call_each_other_is_said(monkeypatch):
+    monkeypatch.delenv(transport.SWITCH, raising=False)
+    assert "on CPU engines `seed`" in PAGE
+    (said,) = [p for p in PAGE.split("\n\n") if transport.SWITCH in p]
+    assert all(f"`{name}`" in said for name in transport._VARIABLES) and "a Ray without one is refused" in said
+    assert f"`{transport.chosen()}`\n(the default" in said
 
 
 def test_every_snippet_is_run():

@@ -61,6 +61,18 @@ def test_every_row_is_asked_dropped_or_quarantined(tmp_path):
     }  # fmt: skip
 
 
+def test_a_row_that_cannot_be_rendered_is_quarantined(tmp_path):
+    def fits(messages):
+        if "evil" in messages[0]["content"]:
+            raise DataError("it reads as <|end|>")
+        return True
+
+    file, out = write(tmp_path / "p.jsonl", [{"prompt": "good"}, {"prompt": "evil"}]), tmp_path / "out"
+    assert texts(read(wanted(file), out, fits=fits)) == ["good"]
+    (bad,) = Storage(str(out)).read_table("quarantine", schema.QUARANTINE).to_pylist()
+    assert (bad["row_id"], bad["error"], bad["detail"]) == ("p.jsonl#2", "special_tokens", "it reads as <|end|>")
+
+
 def test_a_set_for_something_else_needs_no_labels(tmp_path):
     assert texts(read(wanted(write(tmp_path / "p.jsonl", [{"prompt": "bare"}])), tmp_path / "out")) == ["bare"]
 

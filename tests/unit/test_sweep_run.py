@@ -189,6 +189,7 @@ def test_the_verb_writes_the_comparison_and_its_exit_code_tells_of_failures(plan
     assert ("response                 failed: no GPU add a node" in table) == bool(failing) and "0.600 [0.500, 0.700]" in table
 
 
+@pytest.mark.slow
 def test_a_child_runs_stages_and_says_what_went_wrong(tmp_path):
     job = config.parse(config.Job, JOB | {"run_root": str(tmp_path / "run"), "prompts": {"train": 4, "eval": 2}}, where="t")
     said = []
@@ -239,6 +240,7 @@ def test_a_child_ends_with_its_parent():
         child.wait()
 
 
+@pytest.mark.slow
 def test_a_sweep_that_stops_ends_its_children(tmp_path):
     job = config.parse(config.Job, JOB | {"run_root": str(tmp_path / "run")}, where="t")
     ended = []

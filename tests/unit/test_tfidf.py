@@ -177,6 +177,7 @@ def test_ratings_and_too_rare_ngrams_are_refused(tmp_path):
         job(tmp_path, method={"type": "tfidf", "fit": {"words": [], "chars": []}})
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get("CTRLRAY_DATA"), reason="needs the HH files below CTRLRAY_DATA")
 def test_the_packaged_judge_is_made_again_byte_by_byte(tmp_path):
     raw = config.read_job(ROOT / "jobs" / "embedded-judge" / "job.yaml", ["method.trials={}", f"out={tmp_path}"])

@@ -64,6 +64,7 @@ def test_a_failed_run_is_marked_failed(mlflow_uri):
     assert run.info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     with Trackers(job({"type": "wandb", "mode": "offline"}), {"train.epochs": 2}) as trackers:

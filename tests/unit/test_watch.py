@@ -63,7 +63,7 @@ def test_training_that_ended_is_no_stall_for_being_looked_at_late(tmp_path, monk
 
 
 def test_the_clock_starts_anew_with_each_step(watch):
-    watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=0.2, pause_s=0.12)
+    watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=0.6, pause_s=0.35)
     with pytest.raises(ClusterError, match=r"train: nothing finished for 0\.2 s; it waits for step"):
         watch((5, [5]), (6, [6]), timeout_s=0.2, pause_s=0.6)
 

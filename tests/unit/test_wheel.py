@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # builds and installs
 ROOT = Path(__file__).parent.parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
 
@@ -45,7 +46,9 @@ def test_it_holds_every_file_of_the_package_and_no_other(wheel):
     inside = {n for n in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in n}
     package = {str(p.relative_to(ROOT)) for p in (ROOT / "ctrlray").rglob("*") if p.is_file() and "__pycache__" not in p.parts}
     assert inside == package
-    for kind in ("jobs/quickstart.yaml", "jobs/hh-llama2-7b.yaml", "heads/", "prompts.jsonl", "prices.yaml", "report.html.j2"):
+    demo = ("demo/adapter.safetensors", "demo/adapter.json", "demo/dial.json", "demo/card.md")
+    jobs = ("jobs/quickstart.yaml", "jobs/hh-llama2-7b.yaml")
+    for kind in (*jobs, *demo, "heads/", "prompts.jsonl", "prices.yaml", "report.html.j2"):
         assert any(n.startswith(f"ctrlray/assets/{kind}") for n in inside), kind
 
 
