@@ -10,7 +10,7 @@ TORCH := --torch-backend cpu
 endif
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: quickstart smoke test soak unit lint format docs setup requirements clean
+.PHONY: quickstart smoke test soak unit lint format docs browser setup requirements clean
 
 quickstart: .venv/.ready
 	$(BIN)/ctrlray pipeline
@@ -47,6 +47,10 @@ format: .venv/.ready
 docs: .venv/.ready
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# what drives Chromium in the tests of pages
+browser: .venv/.ready
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --group browser
 
 requirements:
 	$(BIN)/uv pip compile pyproject.toml --extra cpu --group dev --no-header --no-annotate --python-version 3.11 $(TORCH) -q -o requirements/cpu.txt

@@ -21,7 +21,11 @@ from mkdocs.structure.files import File, Files
 import ctrlray
 from ctrlray import config as jobs
 from ctrlray.cli import main
+from ctrlray.clusters import Prices
+from ctrlray.rates import Rates
 from ctrlray.rewards.job import RewardEvaluateJob, RewardTrainJob
+from ctrlray.serve.policy import Policy
+from ctrlray.serve.settings import ServeSettings
 from ctrlray.sweep.plan import Sweep
 
 PACKAGE = Path(ctrlray.__file__).parent
@@ -84,8 +88,12 @@ def job_file() -> str:
 
 def other_files() -> str:
     """Every setting of the files that other commands read, without what they share with job files."""
-    head = "What `ctrlray reward train`, `ctrlray reward evaluate` and `ctrlray sweep` read."
-    return _models("Reward and sweep files", head, [RewardTrainJob, RewardEvaluateJob, Sweep], known=_defined(jobs.Job))
+    head = (
+        "What `ctrlray reward train`, `ctrlray reward evaluate` and `ctrlray sweep` read, `ctrlray serve` with `--config` (or "
+        "`--set`) and `--policy`, and `ctrlray plan` with `--rates` and `--prices`."
+    )
+    kinds = [RewardTrainJob, RewardEvaluateJob, Sweep, ServeSettings, Policy, Rates, Prices]
+    return _models("Other files", head, kinds, known=_defined(jobs.Job))
 
 
 def _models(title: str, head: str, kinds: list[type[jobs.Frozen]], known: Mapping[str, Schema] | None = None) -> str:
