@@ -446,7 +446,9 @@ def _models() -> None:
 @click.option("--force", is_flag=True, help="Fetch again even when it is there.")
 def _pull(force: bool) -> None:
     from ctrlray import models
+    from ctrlray.quiet import quiet_libraries
 
+    quiet_libraries()
     try:
         folder = models.pull_embedded(force)
         click.echo(f"{folder}  fingerprint {models.fingerprint(folder)}")

@@ -129,20 +129,24 @@ class StuckHost:
         time.sleep(3600)
 
 
-def dialled_tokenizer(dial: Any, coded: bool = True) -> Any:
-    """The tiny tokenizer as an export would leave it: control tokens, and the dial in its chat template if it is `coded`."""
+def dialled_tokenizer(dial: Any, coded: bool = True, of: Any = None) -> Any:
+    """A tokenizer as an export would leave it: control tokens, and the dial in its chat template if it is `coded`.
+
+    The tiny one, unless another is given, which is changed.
+    """
     from tokenizers import AddedToken
 
     from ctrlray.control import dialled_template, safe_template, special_strings
 
-    tokenizer, space = tiny_tokenizer(), dial.space
+    tokenizer, space = of or tiny_tokenizer(), dial.space
+    template = tokenizer.chat_template
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in space.tokens], special_tokens=True)
     specials = special_strings(tokenizer, space)
     if not coded:
-        tokenizer.chat_template = safe_template(CHATML, specials)
+        tokenizer.chat_template = safe_template(template, specials)
         return tokenizer
     tokenizer.chat_template = dialled_template(
-        CHATML,
+        template,
         space,
         specials,
         allowed={r.name: (r.low, r.high) for r in dial.ranges},

@@ -12,7 +12,9 @@ import unicodedata
 from urllib.parse import quote
 
 import pytest
+from transformers import AutoTokenizer
 
+from ctrlray.models import pull_embedded
 from ctrlray.serve.policy import Bounds
 from tests.fakes import dialled_tokenizer, folding
 from tests.ingress import CHAT, DIAL, World
@@ -124,6 +126,7 @@ class Attacked(World):
             models=("tiny",),
         )
         self.tokenizer = tokenizer
+        self.adds_system = "loop.first" in tokenizer.chat_template
         self.specials = set(tokenizer.convert_tokens_to_ids(tokenizer.all_special_tokens))
         self.specials |= {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
@@ -140,7 +143,8 @@ class Attacked(World):
         (order,) = self.engine.orders
         (prompt,) = order["prompt"]
         own = self.ids(*(f"{part}|>" for part in code.split("|>")[:-1]))
-        turns = len(json.loads(body)["messages"])
+        messages = json.loads(body)["messages"]
+        turns = len(messages) + (self.adds_system and messages[0]["role"] not in ("system", "developer"))
         placed = self.ids("<|im_start|>", "<|im_end|>") * turns + self.ids("<|im_start|>") + own
         assert [i for i in prompt if i in self.specials] == placed and prompt[-2:] == own
         assert set(order) <= {"model", "prompt", "max_tokens", "n", "request_id", "stream", "add_special_tokens", *PASSED}
@@ -150,8 +154,10 @@ class Attacked(World):
 PASSED = ("stop", "response_format")
 
 
-@pytest.fixture(scope="module", params=["plain", "folding"])
+@pytest.fixture(scope="module", params=["plain", "folding", pytest.param("embedded", marks=pytest.mark.slow)])
 def world(request):
+    if request.param == "embedded":
+        return Attacked(dialled_tokenizer(DIAL, of=AutoTokenizer.from_pretrained(pull_embedded())))
     tokenizer = dialled_tokenizer(DIAL)
     return Attacked(folding(tokenizer) if request.param == "folding" else tokenizer)
 
