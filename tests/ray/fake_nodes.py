@@ -33,6 +33,7 @@ def fake_nodes(folder: Path, node_types: Mapping[str, Mapping[str, Any]], head: 
     """A head and no other node, connected to; `node_types` are what the autoscaler may start."""
     of_all = {"RAY_FAKE_CLUSTER": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1", "PYTHONPATH": str(ROOT), AUTOSCALER_V2: "1"}
     of_head = dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
+    of_head["RAY_NODE_TYPE_NAME"] = HEAD
     os.environ |= of_all | of_head
     try:
         common: dict[str, Any] = {"include_dashboard": False, "min_worker_port": 0, "max_worker_port": 0}

@@ -80,7 +80,7 @@ def main(folder: Path, path: Path) -> None:
         wait_until(lambda: len(ray.nodes()) > sum(t.least for t in cluster.workers), PATIENCE_S)
         phases = asked(cluster_is_fixed=path.stem == "local")
         seen = {name: reserve(bundles, PATIENCE_S) for name, bundles in phases.items()}
-        beyond = reserve(too_much(cluster), PATIENCE_S)
+        beyond = reserve(too_much(cluster), PATIENCE_S / 4)  # what can be placed took seconds
     groups = {t.name: sorted(t.node.groups) for t in (cluster.head, *cluster.workers)}
     print("SEEN " + json.dumps({"phases": seen, "beyond": beyond, "groups": groups}), flush=True)
     print(Counter(kind for placed in seen.values() if placed for _, kind in placed), file=sys.stderr)
