@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import openai
 import pytest
@@ -18,21 +20,26 @@ from ctrlray.control import ControlSpace
 from ctrlray.serve.policy import mint
 from tests.browser import expect
 from tests.e2e.served import Server, make_run
+from tests.fuzzing import broken, seeds
 from tests.playground import achieved, answers, ended, opened, slider
 from tests.playground import ask as ask_on_the_page
 from tests.snippets import run_snippet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CHAT = "/v1/chat/completions"
+BODIES = 200
 ADMIN, ADMIN_HASH = mint()
 WEB, WEB_HASH = mint()
 BRIEF, BRIEF_HASH = mint()
+FUZZ, FUZZ_HASH = mint()
 
 
 def policy(**web):
     own = {"name": "web", "hash": WEB_HASH, "attributes": {"variety": {"low": 2}}} | web
     admin = {"name": "admin", "hash": ADMIN_HASH, "completions": True, "choices": 64, "metrics": True}
-    return yaml.safe_dump({"keys": [admin, own, {"name": "brief", "hash": BRIEF_HASH, "max_tokens": 20}]})
+    brief = {"name": "brief", "hash": BRIEF_HASH, "max_tokens": 20}
+    fuzz = {"name": "fuzz", "hash": FUZZ_HASH, "max_tokens": 20, "choices": 4, "completions": True, "concurrent": 4}
+    return yaml.safe_dump({"keys": [admin, own, brief, fuzz]})
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +258,18 @@ def test_a_caller_who_leaves_frees_the_engine(admin):
 
 def connection(server):
     return socket.create_connection(("127.0.0.1", server.port), timeout=60)
+
+
+def test_no_broken_body_makes_the_engine_fail_or_keeps_a_place(server):
+    good, dice = seeds("tiny", "tiny", {"brevity": 2, "variety": 1.4}, "Yes."), random.Random(11)
+    statuses = Counter()
+    with server.client(FUZZ) as client:
+        for _ in range(BODIES):
+            path, content = broken(dice, good)
+            answer = client.post(path, content=content, headers={"Content-Type": "application/json"})
+            assert answer.status_code in (200, 400, 403, 404) and "engine_error" not in answer.text, (answer.text, content)
+            statuses[answer.status_code] += 1
+    assert statuses[200] > BODIES / 20 and statuses[400] > BODIES / 4
 
 
 def test_bodies_that_are_long_or_slow_are_refused(server, web):
