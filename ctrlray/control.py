@@ -204,6 +204,7 @@ class Renderer:
         self.specials = special_strings(tokenizer, space)
         self.special_ids = _special_ids(tokenizer, self.specials)
         self._placed: dict[Shape, tuple[int, ...]] = {}
+        self._codes: dict[tuple[int, ...], tuple[int, ...]] = {}
         if base_template is None:
             self._plain = self._dialled = str(tokenizer.chat_template)
         else:
@@ -226,7 +227,10 @@ class Renderer:
 
     def code_ids(self, levels: Sequence[int]) -> list[int]:
         """Token ids of the code alone."""
-        return self._encode(self.space.code(levels))
+        key = tuple(levels)
+        if key not in self._codes:
+            self._codes[key] = tuple(self._encode(self.space.code(levels)))
+        return list(self._codes[key])
 
     def _render(self, messages: Sequence[Message], levels: Sequence[int] | None) -> list[int]:
         variables = {} if levels is None else dict(zip(self.space.names, self.space.check(levels), strict=True))

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, m
 
 MAX_SCHEMA_BYTES = 32_768
 """Of a JSON schema that answers must follow: it is compiled into a grammar."""
+MAX_CHOICES = 128
 _INT64 = 2**63
+_MOST_FIELDS = 64
+"""Of any object; each unknown one would make an error of its own."""
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -24,6 +27,13 @@ class Strict(BaseModel):
     """Base of all requests: no unknown field, no number as text, no NaN."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+            raise ValueError(f"an object of {len(value)} fields; there are fewer than {_MOST_FIELDS}")
+        return value
 
 
 class TextPart(Strict):
@@ -72,6 +82,8 @@ class JsonSchema(Strict):
     def _bounded(cls, value: dict[str, Any]) -> dict[str, Any]:
         if len(json.dumps(value, allow_nan=False)) > MAX_SCHEMA_BYTES:
             raise ValueError(f"the schema is longer than {MAX_SCHEMA_BYTES} bytes; make it smaller")
+        if (number := _beyond_int64(value)) is not None:
+            raise ValueError(f"the schema holds {number}, which has more than 64 bits; make it smaller")
         return value
 
 
@@ -93,7 +105,7 @@ class Sampled(Strict):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     """A name that /v1/models lists."""
-    n: Annotated[int, Field(ge=1, le=128)] = 1
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     max_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """Of one answer; as much as context and policy leave when unset."""
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -102,9 +114,9 @@ class Sampled(Strict):
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64)] | None = None
-    """Not on CPU engines."""
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64, lt=_INT64 - MAX_CHOICES)] | None = None
+    """Not on CPU engines. Each further choice has the next one, and all of them are of 64 bits."""
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
     response_format: ResponseFormat | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
@@ -132,7 +144,7 @@ class ChatRequest(Sampled):
     control_strategy: Literal["dial", "rerank"] | None = None
     """`dial`: by the model's own control codes; `rerank`: the best of several answers by the run's rewards; the model's own
     way when unset."""
-    candidates: Annotated[int, Field(ge=2, le=128)] | None = None
+    candidates: Annotated[int, Field(ge=2, le=MAX_CHOICES)] | None = None
     """Answers that `rerank` chooses from; 8, or as many as the policy allows, when unset."""
     max_completion_tokens: Annotated[int, Field(ge=1, le=10_000_000)] | None = None
     """The newer name of max_tokens."""
@@ -179,3 +191,17 @@ class ScoreRequest(Strict):
     model: Annotated[str, Field(min_length=1, max_length=256)]
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
     answer: Text
+
+
+def _beyond_int64(value: Any) -> int | None:
+    """An integer somewhere in JSON that no 64 bits hold, which engines are not sent."""
+    waiting = [value]
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += item.values()
+        elif isinstance(item, list):
+            waiting += item
+        elif isinstance(item, int) and not -_INT64 <= item < 2 * _INT64:
+            return item
+    return None

@@ -1,4 +1,4 @@
-"""A limit on how long request headers may take, inside of Ray Serve's own HTTP server, which has none.
+"""A limit on how long request headers may take, inside of Ray Serve's own HTTP server, which has none; and its entrance.
 
 Ray Serve calls `install` in each of its proxies when RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it; `ctrlray serve` sees to
 that for a cluster of its own. Bodies are watched by `ctrlray.serve.guard`.
@@ -10,7 +10,10 @@ import asyncio
 from typing import Any
 
 import uvicorn.protocols.http.auto as chosen
+from starlette.middleware import Middleware
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from ctrlray.serve.entrance import Entrance
 
 CALLBACK = "ctrlray.serve.edge:install"
 HEADER_TIMEOUT_S = 20.0
@@ -60,6 +63,6 @@ class PatientProtocol(HttpToolsProtocol):
 
 
 def install() -> list[Any]:
-    """Have uvicorn use the protocol above; adds no middleware."""
+    """Have uvicorn use the protocol above; the middleware that requests pass first."""
     chosen.AutoHTTPProtocol = PatientProtocol  # Ray Serve passes no protocol to uvicorn, which then takes this one
-    return []
+    return [Middleware(Entrance)]

@@ -116,13 +116,14 @@ class Front:
         await self._admit(work.asked)
         return work
 
-    async def scores(self, request: ScoreRequest, key: Key) -> Json:
-        """Achieved levels of an answer. It counts as a request of as many tokens as it holds."""
+    async def scores(self, request: ScoreRequest, key: Key, admitted: Callable[[], None] = lambda: None) -> Json:
+        """Achieved levels of an answer. It counts as a request of as many tokens as it holds. `admitted` is called when it is."""
         served, judge = self.model(request.model, key), self._required_judge(None)
         turns = turns_of(request.messages)
         ids = await served.prompts.plain(["\n".join([*(m["content"] for m in turns), request.answer])])
         asked = Asked(uuid.uuid4().hex, key, served.name, len(ids[0]))
         await self._admit(asked)
+        admitted()
         begun_s, status = time.monotonic(), LEFT
         try:
             (units,) = await judge.units(turns, [request.answer])
@@ -218,6 +219,8 @@ def _check(request: Sampled, key: Key, served: Served, choices: int) -> None:
         field = "n" if choices == request.n * prompts else "candidates"
         what = f"{field}={choices}" if prompts == 1 else f"{field}={request.n} of {prompts} prompts, {choices} answers,"
         raise Refusal(403, f"{what} is above the {key.choices} choices that your key may have", field)
+    if request.temperature == 0 and choices > (len(request.prompts) if isinstance(request, CompletionRequest) else 1):
+        raise Refusal(400, "temperature=0 makes all answers the same; ask for one, or raise temperature", "temperature")
     if request.seed is not None and not served.seeds:
         raise Refusal(400, "seed is not supported by this model's CPU engine; leave it out", "seed")
 

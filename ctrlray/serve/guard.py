@@ -11,20 +11,16 @@ import asyncio
 import json
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from ctrlray.serve.aside import aside
+from ctrlray.serve.entrance import BODY, App, Message, Receive, Scope, Send, again
 from ctrlray.serve.limits import Faults
 from ctrlray.serve.policy import Key
 from ctrlray.serve.refusal import OVER_LIMIT, Refusal
 
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 _FAULTS = frozenset({400, 403, 404, 405, 408, 413})
 """What a request is refused with for what it is, whenever it comes."""
 _BODIES_WAIT_S = 5
@@ -78,6 +74,8 @@ class Guard:
             await send({"type": "websocket.close", "code": 1008})
             return
         upload = _Upload()
+        if (body := scope.pop(BODY, None)) is not None:
+            receive = again(_whole(body), receive)
         try:
             try:
                 body = await self._let_in(scope, receive, upload)
@@ -85,7 +83,7 @@ class Guard:
                 aside(self._refused(upload.key.name if upload.key else "", refusal.status))
                 await respond(self._noting(upload.key, scope, send), refusal, close=refusal.status in (401, 408, 413))
                 return
-            await self._app(scope, _replay(body, receive), self._noting(upload.key, scope, send))
+            await self._app(scope, again(_whole(body), receive), self._noting(upload.key, scope, send))
         except Left:
             return
         finally:
@@ -157,18 +155,8 @@ def _too_large(limit: int) -> Refusal:
     return Refusal(413, f"the body is longer than {limit} bytes", code="body_too_large")
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Give the body once, then what really comes: the caller's leaving."""
-    given = False
-
-    async def replayed() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return replayed
+def _whole(body: bytes) -> Message:
+    return {"type": "http.request", "body": body, "more_body": False}
 
 
 async def respond(send: Send, refusal: Refusal, close: bool = False) -> None:

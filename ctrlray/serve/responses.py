@@ -69,6 +69,7 @@ async def unless_left(receive: Receive, work: Awaitable[T]) -> T:
             raise Left
         return doing.result()
     finally:
-        for task in (doing, leaving):
-            task.cancel()
-        await asyncio.wait({doing, leaving})
+        leaving.cancel()  # not waited for: it does nothing but wait
+        if not doing.done():
+            doing.cancel()
+            await asyncio.wait({doing})

@@ -97,8 +97,14 @@ def _dial(request: Request, header: str | None) -> dict[str, float | None]:
     return from_header(header or "")
 
 
+def _note_admitted(request: Request) -> None:
+    """Its outcome is counted as such, whatever it is: no longer as refused before an engine saw it."""
+    request.state.admitted = True
+
+
 async def _answered(request: Request, work: Work) -> Response:
     """The whole answer, or its stream once the first token is there."""
+    _note_admitted(request)
     try:
         if work.request.stream:
             await unless_left(request.receive, work.begin())
@@ -136,7 +142,8 @@ def _add_answers(app: FastAPI, front: Front) -> None:
     @app.post("/v1/control/scores", responses=ERRORS, tags=["control"])
     async def control_scores(body: ScoreRequest, request: Request) -> Response:
         """The levels that an answer achieves by the run's rewards, in continuous level units."""
-        return Reply(await unless_left(request.receive, front.scores(body, _key(request))))
+        admitted = functools.partial(_note_admitted, request)
+        return Reply(await unless_left(request.receive, front.scores(body, _key(request), admitted)))
 
 
 def _add_facts(app: FastAPI, front: Front) -> None:
@@ -202,7 +209,8 @@ def _part(name: str) -> Response:
 def _add_errors(app: FastAPI, front: Front) -> None:
     async def refuse(request: Request, refusal: Refusal) -> Response:
         key = getattr(request.state, "key", None)
-        aside(front.desk.refused(key.name if key else "", refusal.status))
+        if not getattr(request.state, "admitted", False):
+            aside(front.desk.refused(key.name if key else "", refusal.status))
         request.state.over_limit = refusal.code == OVER_LIMIT  # for the guard
         return Reply(refusal.body(), refusal.status, refusal.headers())
 

@@ -90,7 +90,7 @@ class DialServer(LLMServer):  # type: ignore[misc]
             # vLLM puts as many tokens into a chunk as are sent together anyway; the first comes by itself
             request = CompletionRequest.model_validate(order | {"stream_interval": self._together()})
             documents = self._timed(self._documents(request), len(prompts) * order["n"])
-            async with aclosing(coalesce(documents, self._pause_s)) as batches:
+            async with aclosing(coalesce(documents, self._pause_s, _shows)) as batches:
                 async for batch in batches:
                     yield batch
         finally:
@@ -122,6 +122,12 @@ class DialServer(LLMServer):  # type: ignore[misc]
                     document = event.removeprefix(_PREFIX).strip()
                     if document != _DONE:
                         yield document
+
+
+def _shows(document: str) -> bool:
+    """Whether there is text to read in it, or an end; the first tokens may make no whole character, or begin a stop string."""
+    choices = json.loads(document).get("choices") or []
+    return not choices or any(c.get("text") or c.get("finish_reason") for c in choices)
 
 
 def _give_way() -> None:

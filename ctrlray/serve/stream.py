@@ -22,11 +22,27 @@ def pause_s(least_s: float, num_streams: int, num_cores: int) -> float:
     return max(least_s, num_streams / (_PER_CORE * num_cores))
 
 
-async def coalesce(items: AsyncIterator[T], interval_s: Callable[[], float]) -> AsyncGenerator[list[T], None]:
-    """The first item at once, after it what has come, at most every `interval_s()`, and the last without waiting.
+async def coalesce(
+    items: AsyncGenerator[T, None], interval_s: Callable[[], float], shows: Callable[[T], bool] = lambda item: True
+) -> AsyncGenerator[list[T], None]:
+    """Each item at once up to the first that `shows`, after it what has come, at most every `interval_s()`, the last without
+    waiting.
 
-    Raises what `items` raises, after the items before it. When the consumer stops, `items` is cancelled.
+    Raises what `items` raises, after the items before it. When the consumer stops, `items` is cancelled and closed.
     """
+    async with contextlib.aclosing(items):
+        async for item in items:
+            yield [item]
+            if shows(item):
+                break
+        else:
+            return
+        async with contextlib.aclosing(_paced(items, interval_s)) as batches:
+            async for batch in batches:
+                yield batch
+
+
+async def _paced(items: AsyncIterator[T], interval_s: Callable[[], float]) -> AsyncGenerator[list[T], None]:
     queue: asyncio.Queue[T] = asyncio.Queue()
 
     async def read() -> None:
@@ -36,6 +52,7 @@ async def coalesce(items: AsyncIterator[T], interval_s: Callable[[], float]) -> 
     reader = asyncio.create_task(read())
     waiting: asyncio.Future[T] | None = None
     try:
+        await asyncio.wait({reader}, timeout=interval_s())
         while not (reader.done() and queue.empty()):
             waiting = asyncio.ensure_future(queue.get())
             await asyncio.wait({reader, waiting}, return_when=asyncio.FIRST_COMPLETED)

@@ -133,9 +133,15 @@ class Work:
         if self._closed:
             return
         self._closed = True
-        if self._batches is not None:
-            await self._batches.aclose()  # an engine stops where nobody listens
-        status = status or self.status
+        try:
+            if self._batches is not None:
+                await self._batches.aclose()  # an engine stops where nobody listens
+        except RuntimeError:  # it is being read still, by what is being cancelled, which closes it
+            _LOG.debug("an answer was closed while it was read")
+        finally:
+            await self._settle(status or self.status)
+
+    async def _settle(self, status: int) -> None:
         outcome = Outcome(
             ticket=self.asked.ticket,
             key=self.asked.key.name,
