@@ -86,6 +86,7 @@ def quiet_ray() -> None:
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = -1  # `ctrlray.patience` waits as long as the job says, and tells for what
     context.print_on_execution_start = False
     context.raise_original_map_exception = True  # an actor's own error reaches the user, not one that wraps it
     for name in _NOISY:

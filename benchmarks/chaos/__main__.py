@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from benchmarks.chaos.page import PAGE, figures, good, write
 from benchmarks.chaos.trial import Lab, Missed
 from benchmarks.common import store
 from ctrlray.pipeline import commit
+
+TRIALS = 50
 
 
 def outcomes(root: Path) -> list[dict[str, Any]]:
@@ -26,7 +30,9 @@ def attempt(lab: Lab, number: int) -> dict[str, Any]:
     outcome = lab.outcome(number) | {"commit": commit()}
     kept = lab.root / "outcomes"
     kept.mkdir(exist_ok=True)
-    (kept / f"{number:03d}.json").write_text(json.dumps(outcome, indent=1) + "\n")
+    made = kept / f"{number:03d}.new"
+    made.write_text(json.dumps(outcome, indent=1) + "\n")
+    made.replace(made.with_suffix(".json"))
     return outcome
 
 
@@ -34,9 +40,10 @@ def main() -> None:
     """Run, keep, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="keeps runs and outcomes; what has an outcome is not repeated")
-    parser.add_argument("--trials", type=int, default=50)
+    parser.add_argument("--trials", type=int, default=TRIALS, help="of fewer, nothing is stored")
     parser.add_argument("--most", type=int, help="stop after so many trials, to go on later")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the drivers, in sessions of their own, are ended too
     lab = Lab(options.root)
     lab.root.mkdir(parents=True, exist_ok=True)
     done = {o["trial"] for o in outcomes(lab.root)}
@@ -51,6 +58,9 @@ def main() -> None:
     found = [o for o in outcomes(lab.root) if o["trial"] < options.trials]
     if len(found) < options.trials:
         print(f"{options.trials - len(found)} of {options.trials} trials have no outcome yet")
+        return
+    if options.trials < TRIALS:
+        print(json.dumps(figures(found), indent=1))
         return
     print(store("chaos", figures(found), outcomes=found))
     write()

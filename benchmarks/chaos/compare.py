@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import pyarrow as pa
 from benchmarks.chaos.job import NAMES
 from benchmarks.chaos.plan import PPO, Where
 from ctrlray import config, pipeline, schema
+from ctrlray.tables import Storage
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -45,15 +47,27 @@ def _tables(run: pipeline.Run, stage: str, method: str) -> dict[str, tuple[str, 
         case "score":
             return {"scores": ("response_id", out.read_table("scores", schema.scores(NAMES)))}
         case "distill":
-            return {"examples": ("example_id", out.read_table("examples", schema.examples(NAMES)))}
+            chosen = {"examples": ("example_id", out.read_table("examples", schema.examples(NAMES)))}
+            left_out = {"dropped": ("response_id", out.read_table("dropped", schema.DROPPED))}
+            return chosen | left_out | _json(out, "levels")
         case "train":
             learned = out.sub(method)
             adapter = pa.table({"method": [method], "bytes": [learned.read_bytes("adapter", "adapter.safetensors")]})
-            rollouts = {"rollouts": ("rollout_id", learned.read_table("rollouts", schema.rollouts(NAMES)))}
-            return {"adapter": ("method", adapter)} | (rollouts if method == PPO else {})
+            losses = [(p["step"], p["loss"]) for p in learned.read_json("curves.json")]
+            curve = pa.table({"step": [s for s, _ in losses], "loss": [loss for _, loss in losses]})
+            made = {"adapter": ("method", adapter), "losses": ("step", curve)}
+            if method == PPO:
+                return made | {"rollouts": ("rollout_id", learned.read_table("rollouts", schema.rollouts(NAMES)))}
+            return made | {"code gaps": ("example_id", learned.read_table("code_gaps", schema.code_gaps()))}
         case _:
             drift = out.read_table("drift", schema.drift())
-            return {"grid": ("grid_id", out.read_table("grid", schema.grid(NAMES))), "drift": ("grid_id", drift)}
+            made = {"grid": ("grid_id", out.read_table("grid", schema.grid(NAMES))), "drift": ("grid_id", drift)}
+            return made | _json(out, "metrics") | _json(out, "comparisons")
+
+
+def _json(out: Storage, name: str) -> dict[str, tuple[str, pa.Table]]:
+    """A JSON file as a table of one row."""
+    return {name: ("name", pa.table({"name": [name], "text": [json.dumps(out.read_json(f"{name}.json"), sort_keys=True)]}))}
 
 
 def differ(found: Mapping[str, Rows], wanted: Mapping[str, Rows]) -> Difference:

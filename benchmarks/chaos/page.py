@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.plan import KINDS
+from benchmarks.chaos.plan import DRIVER, KINDS
 from benchmarks.common import RESULTS, figure, middle
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
@@ -20,9 +20,11 @@ Generated from `benchmarks/results/chaos.json`.
 Each trial runs a small pipeline and kills one process of it with `kill -9` in the midst of its work: the victim is stopped, its
 live work is looked up (rows noted as in flight, a batch in hand, an unfinished training step), and only then is it killed. The
 run then recovers by itself, or the same command is given again. At the end its tables must be those of a run that nothing
-disturbed, to the bit: prompts, responses, scores and examples, or PPO's rollouts and the adapter, or the evaluation grid and
-the log-probs behind its KL. A trial goes on from the undisturbed run's stages before the kill and stops behind the stages that
-the kill can reach, whose tables are all that the others read; where a driver is killed that generates, it ends with the grid.
+disturbed, to the bit: prompts, responses, scores, examples, what was left out and the scales of levels; or PPO's rollouts, the
+adapter, its losses and code gaps; or the evaluation grid, the log-probs behind its KL, its metrics and comparisons. A run that
+hangs for 400 seconds counts as one that did not recover. A trial goes on from the undisturbed run's stages before the kill and
+stops behind the stages that the kill can reach, whose tables are all that the others read; where a driver is killed that
+generates, it ends with the grid.
 
 **The engines are simulated**: an answer follows from a hash of its request and of the weights in force, so that every run must
 agree, and an engine that came back with other weights would show. They answer in a child process, as vLLM's do on GPUs. All
@@ -57,9 +59,13 @@ def figures(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     trials, ended = len(outcomes), [o for o in outcomes if o["recovered"]]
     lost, twice = sum(o["lost"] for o in ended), sum(o["twice"] for o in ended)
     equal, back = sum(map(good, outcomes)), len(ended)
-    seconds, spread = middle([o["seconds_lost"] for o in ended])
+    spared = [o for o in outcomes if not o["kind"].startswith(DRIVER)]
+    alone = sum(o["recovered"] == "itself" for o in spared)
+    seconds, spread = middle([o["seconds_lost"] for o in ended]) if ended else (None, None)
+    by_itself = "trials that went on by themselves, of those whose driver lived"
     return [
         figure("trials that recovered, by themselves or by a rerun", f"all of {trials}", back, back == trials),
+        figure(by_itself, f"all of {len(spared)}", alone, alone == len(spared)),
         figure("rows lost", "0", lost, lost == 0),
         figure("rows duplicated", "0", twice, twice == 0),
         figure("trials whose tables equal the undisturbed run's in full", f"all of {trials}", equal, equal == trials),

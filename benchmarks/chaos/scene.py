@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import psutil
 
 from benchmarks.chaos.job import BLOCKS, METHODS
-from benchmarks.chaos.plan import CHILD, DRIVER, ENGINE, RAYLET, REWARD, WORKER, Where
+from benchmarks.chaos.plan import CHILD, DRIVER, ENGINE, PPO, RAYLET, REWARD, WORKER, Where
+from ctrlray.train.ppo.rollouts import part
 
 TITLES = {ENGINE: "EngineHost.generate", REWARD: "RewardHost.score"}
 """Of actors that keep no notes, while they are at work."""
@@ -56,6 +57,10 @@ class Scene(NamedTuple):
         now = json.loads((place / "progress.json").read_text())
         return now["step"], now["steps"]
 
+    def _learning(self, method: str, step: int) -> bool:
+        """Whether a step has what it learns from: one of PPO waits for its rollouts first."""
+        return method != PPO or any(self.root.glob(f"train/*/{PPO}/rollouts/{part(step)}.parquet"))
+
     def notes(self, stage: str) -> list[dict[str, Any]]:
         """The notes of actors on what they have in flight."""
         try:
@@ -94,7 +99,7 @@ class Scene(NamedTuple):
             title = _title(process)
             if any(t in title for t in TITLES.values()):
                 yield Found(process, f"a batch at {title}")
-            elif "RayTrainWorker" in title and step < steps:
+            elif "RayTrainWorker" in title and step < steps and self._learning(where.method, step):
                 yield Found(process, f"step {step + 1} of {steps}")
 
 

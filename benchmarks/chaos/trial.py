@@ -21,7 +21,8 @@ from benchmarks.chaos import compare
 from benchmarks.chaos.job import job
 from benchmarks.chaos.plan import CHILD, DRIVER, LIKELIHOOD, PPO, RAYLET, Trial, Where, plan
 from benchmarks.chaos.scene import Found, Scene
-from ctrlray.pipeline import STAGES
+from ctrlray.config import load_job
+from ctrlray.pipeline import STAGES, Run
 
 TOP = Path(__file__).parents[2]
 MOST_S = 400.0
@@ -29,6 +30,8 @@ MOST_S = 400.0
 TRIES = 3
 """A trial whose run ends before its victim was at work is begun anew, for an earlier moment."""
 MOST_RERUNS = 2
+HUNG = 124
+"""Instead of the exit code of a run that had to be ended: no rerun makes good for it."""
 _POLL_S = 0.02
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -49,6 +52,10 @@ class Missed(Exception):
 
 class Failed(Exception):
     """The run ended with an error before anything was killed."""
+
+
+class Stale(Exception):
+    """What the root holds was made by other code than this."""
 
 
 class Cluster(NamedTuple):
@@ -91,7 +98,7 @@ class Lab:
                     return _as_failed(trial, time.monotonic() - began, failed)
                 killed_s = time.monotonic() - began
                 codes = [finish(drivers[0])]
-                while codes[-1] != 0 and len(codes) <= MOST_RERUNS:
+                while codes[-1] not in (0, HUNG) and len(codes) <= MOST_RERUNS:
                     drivers.append(self.start(folder, where.last))
                     codes.append(finish(drivers[-1]))
                 seconds = time.monotonic() - began
@@ -145,11 +152,18 @@ class Lab:
 
     def _make_whole(self, method: str, last: str) -> None:
         folder = self.whole(method)
-        if any((folder / "run" / last).glob("*/result.json")):
-            return
         if not (folder / "job.yaml").is_file():
             self.set_up(folder, method, _WHOLE[method], None)
-        self._undisturbed(folder, last)
+        elif yaml.safe_load((folder / "job.yaml").read_text()) != job(self.model, folder / "run", method, None):
+            raise Stale(f"{folder} is of another job; give an empty root")
+        if not self._is_made(folder, last):
+            if any((folder / "run" / last).glob("*/result.json")):
+                raise Stale(f"{folder} is of other code or rewards; give an empty root")
+            self._undisturbed(folder, last)
+
+    @staticmethod
+    def _is_made(folder: Path, last: str) -> bool:
+        return Run(load_job(folder / "job.yaml")).result(last) is not None
 
     def undisturbed_s(self, where: Where, *, clustered: bool) -> float:
         """Seconds of an undisturbed run of a trial's stages, made when they are first asked for; its tables are compared too."""
@@ -236,12 +250,13 @@ def kill(trial: Trial, scene: Scene, driver: subprocess.Popen[bytes]) -> tuple[F
 
 
 def finish(driver: subprocess.Popen[bytes]) -> int:
-    """Exit code of a run; one that hangs is ended."""
+    """Exit code of a run; one that hangs is ended and has `HUNG`."""
     try:
         return driver.wait(timeout=MOST_S)
     except subprocess.TimeoutExpired:
         driver.kill()
-        return driver.wait()
+        driver.wait()
+        return HUNG
 
 
 @contextmanager

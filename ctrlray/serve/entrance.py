@@ -50,7 +50,8 @@ class Entrance:
                 await send({"type": "http.response.start", "status": 404, "headers": []})
                 await send({"type": "http.response.body", "body": b""})
                 return
-            kept = [(bytes(name).lower(), bytes(value)) for name, value in scope["headers"] if _harmless(bytes(name), bytes(value))]
+            pairs = ((bytes(name).lower(), bytes(value)) for name, value in scope["headers"])
+            kept = [(name, value) for name, value in pairs if _harmless(name, value)]
             scope = {**scope, "headers": kept}
             if _small(kept):
                 receive = await _take_along(scope, receive)
@@ -58,9 +59,9 @@ class Entrance:
 
 
 def _harmless(name: bytes, value: bytes) -> bool:
-    if name.lower() == _REQUEST_ID:
+    if name == _REQUEST_ID:
         return _GOOD_ID.fullmatch(value) is not None
-    return name.decode("latin-1").lower().replace("-", "_") not in _STEERING
+    return name.decode("latin-1").replace("-", "_") not in _STEERING
 
 
 def _small(headers: Headers) -> bool:

@@ -12,8 +12,8 @@ from ctrlray.serve.bypass import refuse_bypass, refuse_tokenless
 from ctrlray.serve.catalog import Catalog, Entry
 from ctrlray.serve.desk import Desk
 from ctrlray.serve.dial import check_policy
+from ctrlray.serve.entrance import App
 from ctrlray.serve.front import Front
-from ctrlray.serve.guard import App
 from ctrlray.serve.handles import RemoteDesk, ReplicaEngine
 from ctrlray.serve.policy import Policy, PolicyFile
 from ctrlray.serve.prompts import Prompts

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from fastapi.responses import Response
 
-from ctrlray.serve.guard import Left, Receive, Scope, Send, encode
+from ctrlray.serve.entrance import Receive, Scope, Send
+from ctrlray.serve.guard import Left, encode
 from ctrlray.serve.work import LEFT, Work
 
 T = TypeVar("T")

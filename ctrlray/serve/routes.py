@@ -18,8 +18,9 @@ from ctrlray.serve import playground
 from ctrlray.serve.api import ChatRequest, CompletionRequest, ScoreRequest, Strict
 from ctrlray.serve.aside import aside
 from ctrlray.serve.dial import from_header
+from ctrlray.serve.entrance import App
 from ctrlray.serve.front import Front
-from ctrlray.serve.guard import App, Guard, Left
+from ctrlray.serve.guard import Guard, Left
 from ctrlray.serve.page import api_page
 from ctrlray.serve.policy import Key
 from ctrlray.serve.refusal import OVER_LIMIT, Refusal

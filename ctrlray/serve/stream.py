@@ -25,8 +25,7 @@ def pause_s(least_s: float, num_streams: int, num_cores: int) -> float:
 async def coalesce(
     items: AsyncGenerator[T, None], interval_s: Callable[[], float], shows: Callable[[T], bool] = lambda item: True
 ) -> AsyncGenerator[list[T], None]:
-    """Each item at once up to the first that `shows`, after it what has come, at most every `interval_s()`, the last without
-    waiting.
+    """Each item at once up to the first that `shows`; then what has come, at most every `interval_s()`, the last at once.
 
     Raises what `items` raises, after the items before it. When the consumer stops, `items` is cancelled and closed.
     """

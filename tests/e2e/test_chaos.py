@@ -5,6 +5,10 @@ The engines are simulated, everything else is real; see `benchmarks/chaos`.
 
 from __future__ import annotations
 
+import signal
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 from benchmarks.chaos.plan import plan
@@ -16,8 +20,10 @@ SHORT = {"engine": 4, "reward actor": 16, "driver while training": 2}
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("chaos"))
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # drivers, in sessions of their own, end too
+    yield Lab(tmp_path_factory.mktemp("chaos"))
+    signal.signal(signal.SIGTERM, before)
 
 
 def whole(found: dict[str, object]) -> None:
