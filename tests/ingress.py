@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from collections import deque
 
 from starlette.testclient import TestClient
 
@@ -87,11 +88,13 @@ def run(coroutine, timeout_s=20):
 
 async def send_body(app, messages, headers=(), path=CHAT, key="ck-web"):
     """Drive the application by hand; messages are (delay in s, ASGI message). Returns what it sent."""
-    sent, waiting = [], iter(messages)
+    sent, waiting = [], deque(messages)
 
     async def receive():
-        delay, message = next(waiting, (60, None))
+        delay, message = waiting[0] if waiting else (60, None)
         await asyncio.sleep(delay)
+        if waiting:
+            waiting.popleft()
         return message
 
     async def send(message):

@@ -240,10 +240,11 @@ def _add_errors(app: FastAPI, front: Front) -> None:
 def explain(problems: Sequence[Mapping[str, Any]]) -> Refusal:
     """A request's first problem as a sentence that names the field; for an unknown field, those there are.
 
-    Where a value may be of several kinds there is a problem for each: the one furthest inside is about the kind that was meant.
+    Where a value may be of several kinds there is a problem for each: the one furthest inside, or that is no matter of kind, is
+    about the kind that was meant.
     """
     first = [p for p in problems if p["loc"][:2] == problems[0]["loc"][:2]]
-    problem = max(first, key=lambda p: len(p["loc"]))
+    problem = max(first, key=lambda p: (len(p["loc"]), not str(p["type"]).endswith("_type")))
     places = [str(p) for p in problem["loc"][1:] if not _KIND.search(str(p))]
     field = ".".join(places)[:200]
     if problem["type"] == "json_invalid":

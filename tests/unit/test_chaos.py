@@ -26,6 +26,7 @@ from ctrlray.engine.engine import EngineSpec
 from ctrlray.pipeline import STAGES, Run
 from ctrlray.stages.questions import methods
 from ctrlray.tables import Storage
+from ctrlray.train.ppo.rollouts import part
 from tests.fakes import tiny_model
 
 ROOT = Path(__file__).parent.parent.parent
@@ -132,7 +133,7 @@ def test_what_a_driver_leaves_behind_ends_with_its_session():
 
 def test_a_run_that_hangs_is_no_success(monkeypatch):
     monkeypatch.setattr(trial, "MOST_S", 0.1)
-    assert trial.finish(subprocess.Popen(["sleep", "600"], start_new_session=True)) == -9
+    assert trial.finish(subprocess.Popen(["sleep", "600"], start_new_session=True)) == trial.HUNG
 
 
 def test_compiled_extensions_are_copied_without_the_lock_of_who_loads_them(monkeypatch, tmp_path):
@@ -208,15 +209,45 @@ def outcome(**changes):
     ("bad", "figure", "said"),
     [
         ({"recovered": "", "lost": None, "twice": None, "unequal": None, "unaccounted": None}, 0, "it did not recover"),
-        ({"lost": 2, "unequal": ["scores"]}, 1, "**no**: scores"),
-        ({"twice": 1, "unequal": ["responses"]}, 2, "**no**: responses"),
-        ({"unaccounted": ["generate"]}, 3, "**no**: accounts of generate"),
+        ({"lost": 2, "unequal": ["scores"]}, 2, "**no**: scores"),
+        ({"twice": 1, "unequal": ["responses"]}, 3, "**no**: responses"),
+        ({"unaccounted": ["generate"]}, 4, "**no**: accounts of generate"),
     ],
 )
 def test_a_trial_that_went_wrong_is_on_the_page_and_in_the_figures(bad, figure, said):
     trials = [outcome(), outcome(trial=1, **bad)]
     figures = page.figures(trials)
-    assert [f["met"] for f in page.figures(trials[:1])] == [True] * 4 + [None]
-    assert figures[figure]["met"] is False and figures[3]["met"] is False
+    assert [f["met"] for f in page.figures(trials[:1])] == [True] * 5 + [None]
+    assert figures[figure]["met"] is False and figures[4]["met"] is False
     machine = {"cpu": "c", "cores": "2", "memory": "1 GiB"}
     assert said in page.page({"outcomes": trials, "machine": machine}).splitlines()[-3]
+
+
+def test_a_rerun_is_what_a_killed_driver_needs_and_no_other_process():
+    by_itself = lambda o: page.figures([o])[1]  # noqa: E731
+    assert by_itself(outcome(recovered="rerun"))["met"] is False
+    driver = by_itself(outcome(recovered="rerun", kind="driver while scoring"))
+    assert driver["met"] is True and driver["target"] == "all of 0"
+    assert page.figures([outcome(recovered="", lost=None, twice=None, unequal=None, unaccounted=None)])[-1]["measured"] is None
+
+
+def test_a_learner_of_ppo_that_waits_for_rollouts_holds_no_work(tmp_path):
+    scene, out = Scene(tmp_path, psutil.Process(), ()), Storage(str(tmp_path))
+    assert scene._learning("exmate", 2) and not scene._learning("ppo", 2)
+    out.write_bytes(b"", "train", "key", "ppo", "rollouts", f"{part(2)}.parquet")
+    assert scene._learning("ppo", 2) and not scene._learning("ppo", 3)
+
+
+def test_an_undisturbed_run_of_other_code_is_not_compared_with(tiny, private_cache, tmp_path):
+    lab = trial.Lab(tmp_path)
+    where = Where("exmate", "prompts", "prompts", "prompts")
+    (lab.model).symlink_to(tiny)
+    lab.prepare(where)
+    lab.prepare(where)  # there already
+    made = next((lab.whole("exmate") / "run" / "prompts").glob("*/result.json")).parent
+    made.rename(made.with_name("0123456789ab"))
+    with pytest.raises(trial.Stale, match="other code"):
+        lab.prepare(where)
+    (lab.whole("exmate") / "job.yaml").write_text("name: simulated")
+    with pytest.raises(trial.Stale, match="another job"):
+        lab.prepare(where)

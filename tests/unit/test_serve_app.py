@@ -18,6 +18,7 @@ from ctrlray.serve.catalog import Catalog, Entry
 from ctrlray.serve.limits import UNSEEN_S
 from ctrlray.serve.policy import local_policy
 from ctrlray.serve.settings import ServeSettings
+from ctrlray.serve.translate import order
 from tests.ingress import CHAT, World, ask
 from tests.unit.test_serve_start import CARD, POLICY, exported
 
@@ -257,3 +258,51 @@ def test_no_other_field_of_vllm_is_taken(app, name, ours, path, body):
         refused = world.admin.post(path, json=body | {field: 1})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == field
     assert world.engine.orders == [] and world.admin.post(path, json=body).status_code == 200
+
+
+EXTREMES = {
+    "n": (1, 128),
+    "max_tokens": (1, 10_000_000),
+    "temperature": (0.0, 2.0),
+    "top_p": (1e-9, 1.0),
+    "top_k": (0, 1_000_000),
+    "min_p": (0.0, 1.0),
+    "presence_penalty": (-2.0, 2.0),
+    "frequency_penalty": (-2.0, 2.0),
+    "seed": (-(2**63), 2**63 - 129),
+    "stop": ("x" * 256, ["x" * 256] * 4),
+    "response_format": ({"type": "text"}, {"type": "json_object"}),
+}
+
+
+@pytest.mark.parametrize("field", EXTREMES)
+def test_vllm_takes_what_is_let_through(app, field):
+    """Else it would be refused late, by an error of the engine's server, and its tokens would be gone."""
+    import msgspec
+    from ray.serve.llm import openai_api_models
+
+    for value in EXTREMES[field]:
+        ours = api.ChatRequest.model_validate(ask(**{field: value}))
+        made = order(ours, [[1, 2]], ours.max_tokens or 5, "r")
+        theirs = openai_api_models.CompletionRequest.model_validate(made)
+        params = theirs.to_sampling_params(made["max_tokens"], {})
+        msgspec.msgpack.encode(params)  # as it travels to the engine
+        if field == "seed":
+            assert params.seed + api.MAX_CHOICES < 2**63  # vLLM counts it up for each further choice, in 64 bits
+    with pytest.raises(ValueError):
+        api.ChatRequest.model_validate(ask(**{field: BEYOND[field]}))
+
+
+BEYOND = {
+    "n": 129,
+    "max_tokens": 10_000_001,
+    "temperature": 2.01,
+    "top_p": 0.0,
+    "top_k": -1,
+    "min_p": 1.1,
+    "presence_penalty": 2.1,
+    "frequency_penalty": -2.1,
+    "seed": 2**63 - 128,
+    "stop": ["x"] * 5,
+    "response_format": {"type": "grammar"},
+}

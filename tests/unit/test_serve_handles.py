@@ -485,6 +485,23 @@ def test_what_comes_fast_travels_together_and_the_first_does_not_wait():
     assert batches == [[1], [2, 3], [4]] and times[0] < 0.1 <= times[1]
 
 
+def test_each_comes_at_once_until_there_is_something_to_see():
+    async def scenario():
+        begun = asyncio.get_running_loop().time()
+        seen = []
+        async for batch in coalesce(paced((0, ""), (0.01, ""), (0.01, "a"), (0.01, "b"), (0.01, "c")), lambda: 0.2, bool):
+            seen.append((batch, asyncio.get_running_loop().time() - begun))
+        return seen
+
+    (first, _), (second, _), (third, third_s), (rest, rest_s) = asyncio.run(scenario())
+    assert (first, second, third, rest) == ([""], [""], ["a"], ["b", "c"]) and third_s < 0.15 and third_s < rest_s
+    assert asyncio.run(all_of(coalesce(paced((0, ""), (0, "")), lambda: 0.2, bool))) == [[""], [""]]
+
+
+async def all_of(batches):
+    return [batch async for batch in batches]
+
+
 def test_many_streams_on_few_cores_send_less_often():
     assert pause_s(0.1, 1, 2) == pause_s(0.1, 3, 2) == 0.1
     assert pause_s(0.1, 12, 2) == 0.4 and pause_s(0.1, 12, 16) == 0.1

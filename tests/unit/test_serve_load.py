@@ -8,6 +8,7 @@ import json
 import httpx
 import pytest
 
+from ctrlray.serve.api import ChatRequest
 from ctrlray.serve.policy import Bounds
 from ctrlray.serve.refusal import Refusal
 from tests.fakes import FakeEngine, FakeJudge
@@ -121,6 +122,15 @@ def test_metrics_by_level_and_model(world):
     assert "ck-web" not in text
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_what_an_engine_saw_is_not_counted_as_refused(world, stream):
+    world.engine.error = {"message": "no", "code": 400}
+    assert world.web.post(CHAT, json=ask(stream=stream)).status_code == 400
+    text = metrics(world)
+    assert 'ctrlray_requests_total{key="web",model="tiny",status="400"} 1.0' in text
+    assert 'ctrlray_refused_total{key="web"' not in text
+
+
 def test_open_metrics(world):
     world.policy = world.policy.model_copy(update={"metrics": "open"})
     assert world.client(None).get("/metrics").status_code == 200 == world.web.get("/metrics").status_code
@@ -222,6 +232,25 @@ def test_task_that_is_cancelled_settles():
 
     world = run(scenario())
     assert world.in_flight == 0 and world.engine.stopped == 1
+
+
+def test_an_answer_that_is_being_read_is_closed_and_settled():
+    """A caller's leaving comes twice, as a message and as a cancellation, and the second may find the first at work."""
+
+    async def scenario():
+        world = World()
+        world.engine.hangs = asyncio.Event()
+        work = await world.front.chat(ChatRequest.model_validate(ask(stream=True)), world.policy.keys[0], {})
+        reading = asyncio.ensure_future(work.begin())
+        await asyncio.sleep(0.05)
+        assert world.in_flight == 1
+        await work.close(499)
+        assert world.in_flight == 0
+        reading.cancel()
+        await asyncio.wait({reading})
+        return world
+
+    assert run(scenario()).engine.stopped == 1
 
 
 class FarDesk:

@@ -16,6 +16,9 @@ def world():
     return World(attributes={"safety": Bounds(low=2, high=4)})
 
 
+SCHEMA = {"type": "json_schema"}
+
+
 @pytest.mark.parametrize(
     "fields, param, words",
     [
@@ -43,6 +46,12 @@ def world():
         ({"max_tokens": 399}, "max_tokens", "does not fit"),
         ({"n": 17}, "n", "17 is above the 16"),
         ({"stop": [""]}, "stop", "at least 1"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "stop", "at most 4"),
+        ({"temperature": 0, "n": 2}, "temperature", "the same"),
+        ({"seed": 2**63 - 1}, "seed", "less than"),
+        ({f"field{i}": 0 for i in range(99)}, None, "an object of 101 fields"),
+        ({"messages": [{f"field{i}": 0 for i in range(99)}]}, "messages.0", "an object of 99 fields"),
+        ({"response_format": SCHEMA | {"json_schema": {"schema": {"x": [{"default": 2**64}]}}}}, "response_format", "64 bits"),
         ({"top_logprobs": 2}, None, "needs logprobs"),
         ({"stream_options": {"include_usage": True}}, None, "needs stream"),
         ({"max_tokens": 4, "max_completion_tokens": 5}, None, "two names"),
