@@ -18,6 +18,7 @@ PARTS = {
     "D": ("ppo_dial", "ppo", "toys_ppo"),
     "E": ("results", "demo", "ablation"),
     "F": ("serve",),
+    "G": ("chaos", "scale", "generation", "scoring", "training", "ppo", "serve", "pipeline"),
 }
 MAX_BETWEEN, MAX_LENGTH = 0.5, 0.3
 AIMS = {"A": {"helpfulness": 0.70, "harmlessness": 0.70}, "C": {"helpfulness": 0.70, "harmlessness": 0.66}}

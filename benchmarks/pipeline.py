@@ -36,7 +36,7 @@ USEFUL = (
     "sampling",
     "scoring behind it",
     "optimizer steps",
-    "held-out likelihoods",
+    "held-out likelihoods and snapshots",
     "sampling of the grid",
     "scoring of the grid",
 )
@@ -109,7 +109,7 @@ def of_training(folder: Path, notes: Notes) -> Seconds:
     return {
         "start of training workers": began - notes.began,
         "optimizer steps": sum(steps),
-        "held-out likelihoods": max(ended - began - sum(steps), 0.0),
+        "held-out likelihoods and snapshots": max(ended - began - sum(steps), 0.0),
         "end of training": (folder.parent / "result.json").stat().st_mtime - ended,
     }
 

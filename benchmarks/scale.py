@@ -8,6 +8,8 @@ engines give that never wait. In the memory runs two engines take a quarter of a
 which one scorer keeps up with. Prompts are a few words each, and their tokens are bytes.
 
     python -m benchmarks.scale [--engines 1 8 32 64] [--prompts 10000 100000 1000000] [--keep FILE]
+
+Of other numbers than these nothing is stored.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from benchmarks.common import RESULTS, figure, store
 from benchmarks.simulation import BUSY, Bytes, Simulation
 from ctrlray import config, schema
 from ctrlray.ledger import Silent
+from ctrlray.pipeline import commit
 from ctrlray.placement import writers
 from ctrlray.quiet import quiet_ray
 from ctrlray.tables import Storage, from_rows
@@ -43,7 +46,9 @@ BATCH, TOKENS, BATCHES = 96, 25, 7
 FAST_BATCH, FAST_ENGINES, FAST_BYTES, FAST_S = 512, 2, 1_000, 0.25
 """Of the memory runs: 8 blocks/s, of the 10 to 20 that Ray Data gives one scorer at most. Else what waits would be measured."""
 CEILING_BLOCKS = 200
-"""Of the run that finds that most."""
+"""Of the run that finds that most, which are as large as those of a thousand engines."""
+LOOKS_PER_S, ACTOR_TASKS = 10, 2
+"""How often Ray Data looks for finished tasks, and how many it gives an actor at once."""
 STORE_BYTES = 400 * 2**20
 LEAST_EFFICIENCY, MOST_GROWTH, MOST_KEPT, LARGE = 0.95, 1.2, 0.01, 1_000
 ANSWER_BYTES, SLOW_BLOCKS, SLOW_BATCH = 80_000, 300, 32
@@ -213,7 +218,7 @@ class Runs:
     ) -> dict[str, Any]:
         """One run, or what it gave before."""
         asked = [engines, batch, answer_bytes, reward, rate]
-        key = f"{prompts} prompts: {asked}"
+        key = f"{prompts} prompts: {asked} at {commit()}"
         if key not in self._found:
             self._found[key] = _run(prompts, asked)
             if self._kept:
@@ -236,7 +241,8 @@ def _run(prompts: int, asked: Sequence[Any]) -> dict[str, Any]:
         assert found["rows"] == prompts
         found["others_cpu_percent"] = others
         worked = [[json.loads(x) for x in p.read_text().splitlines()] for p in Path(folder, "g", BUSY).iterdir()]
-        if worked:
+        if worked:  # one that ended would have left a file of its own beside its successor's
+            assert len(worked) == asked[0], f"{len(worked)} engines worked where {asked[0]} were asked for"
             found["efficiency"] = efficiency(worked)
     return found
 
@@ -262,7 +268,7 @@ def throughput(runs: Runs, engines: Sequence[int], rate: float) -> tuple[list[di
             made[-1]["met"] = share >= LEAST_EFFICIENCY
         shares[number] = found["stream_cpu_s"] / found["stream_s"]
         made += [
-            figure(f"rows/s of {number} simulated engines", "recorded", round(share * number * rate / TOKENS, 1), None),
+            figure(f"rows/s of {number} simulated engines, by their rate and that share", "recorded", round(share * number * rate / TOKENS, 1), None),
             figure(f"driver's share of a core at {number} simulated engines", "recorded", round(shares[number], 4), None),
         ]
     return made, shares
@@ -308,7 +314,7 @@ def backpressure(runs: Runs) -> list[dict[str, Any]]:
 
 def ceiling(runs: Runs) -> tuple[dict[str, Any], float]:
     """How many blocks a second one actor of each kind passes on when no engine takes any time: a figure, and the number."""
-    found = runs.run(CEILING_BLOCKS * FAST_BATCH, rate=math.inf)
+    found = runs.run(CEILING_BLOCKS * BATCH, FAST_ENGINES, BATCH, 4 * TOKENS, rate=math.inf)
     per_s = (found["blocks"] - 1) / found["stream_s"]
     return figure("blocks/s through one scorer, engines that answer at once", "recorded", round(per_s, 1), None), per_s
 
@@ -321,10 +327,11 @@ def limits(runs: Mapping[int, Mapping[str, Any]], shares: Mapping[int, float], r
     kib = max(grown(runs, "rss_mib"), 0.0) * 1024 / blocks
     place = max(grown(runs, "store_mib"), 0.0) * MIB / blocks
     block_mib = BATCH * 256 * 8 / MIB  # four bytes each for a token's id and for its text
+    most = LOOKS_PER_S * ACTOR_TASKS
     scorer = (
-        "a pool of one scorer: Ray Data looks for finished tasks every 0.1 s and gives an actor two, here "
-        f"{per_actor:.0f} blocks/s, however little each takes. {LARGE:,} engines need {scorers} actors in score.pool, more where "
-        "a reward takes longer. "
+        f"a pool of one scorer, which passes on {per_actor:.0f} blocks/s however little each takes; Ray Data looks for finished "
+        f"tasks {LOOKS_PER_S} times a second and gives an actor {ACTOR_TASKS}, so {most} at most, and here all of it shares "
+        f"two cores. {LARGE:,} engines need {scorers} actors in score.pool, more where a reward takes longer. "
         f"Actors that write requests and scores grow with the engines, to {writing} of each."
     )
     breaks = sorted([(int(per_actor * block_s), scorer), _driver(runs, shares, needs)])
@@ -383,6 +390,9 @@ def main() -> None:
     others = f"Before a run began, other work took {runs.others:.0f}% of the processor at most."
     notes = [*limits(by_size, shares, rate, per_actor), others]
     print(*notes, sep="\n")
+    if (tuple(options.engines), tuple(options.prompts)) != (ENGINES, PROMPTS):
+        print(json.dumps(figures, indent=1))
+        return
     print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=by_size))
 
 

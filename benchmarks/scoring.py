@@ -3,8 +3,8 @@
 The stage is the real one: Ray Data, one reward actor, scores written as they come. The loop renders each conversation with the
 tokenizer's own chat template, sorts by length, pads batches, runs AutoModel with all hidden states and applies the heads
 in numpy. The stage runs no block above those that the heads read and passes a prompt once for all of its answers; the loop does
-neither. Same model, dtype, threads and answers, 4 to each prompt; one run, alternating, each side in a process of its own.
-Start-up and the first block are not counted. Both must give the same scores.
+neither. Same model, dtype and answers, 4 to each prompt, and all cores for each; one run, alternating, each side in a process
+of its own. Start-up and a first block are not counted. Both must give the same scores.
 
     python -m benchmarks.scoring [--repeats 3]
 """
@@ -73,8 +73,9 @@ def run_ctrlray(chats: Sequence[Conversation], answers: Sequence[Sequence[str]])
     from ctrlray.stages import score
 
     names = ("helpfulness", "harmlessness")
+    pool = config.Pool(cpus=os.cpu_count() or 1)  # Ray gives a reward actor as many threads as it reserves
     control = config.Control(attributes=tuple(config.Attribute(name=n, levels=3) for n in names))
-    job = config.Job(name="scoring-benchmark", control=control, score=config.Score(batch_size=BLOCK))
+    job = config.Job(name="scoring-benchmark", control=control, score=config.Score(batch_size=BLOCK, pool=pool))
     known = {schema.prompt_id(c): c for c in chats}
     rows = [
         {"response_id": f"{i:04d}-{k}", "prompt_id": schema.prompt_id(chat), "behaviour": "b", "text": text, "token_ids": [],
@@ -112,7 +113,8 @@ def run_loop(
     order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]))
     scores = np.zeros((len(pairs), len(heads.attributes)), np.float32)
     clock = Clock()
-    for start in range(0, len(order), size):
+    starts = range(0, len(order), size)
+    for start in (starts[len(starts) // 2], *starts):  # the first is not counted
         chosen = order[start : start + size]
         width = max(len(pairs[i][0]) for i in chosen)
         ids = torch.tensor([pairs[i][0] + [tokenizer.eos_token_id] * (width - len(pairs[i][0])) for i in chosen])

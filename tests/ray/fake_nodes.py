@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -100,6 +102,24 @@ def running(pids: Iterable[int]) -> set[int]:
             if psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
                 there.add(pid)
     return there
+
+
+def told(module: str, *arguments: str, timeout_s: float) -> dict[str, Any]:
+    """Run a module that prints a line `SEEN {json}`; one that takes too long is asked to end, so that it ends its nodes."""
+    command = [sys.executable, "-m", module, *arguments]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            said, problems = started.communicate(timeout=timeout_s)
+        except BaseException:
+            started.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                started.wait(60)
+            started.kill()
+            raise
+    assert started.returncode == 0, said[-2000:] + problems[-4000:]
+    line = next(x for x in said.splitlines() if x.startswith("SEEN "))
+    found: dict[str, Any] = json.loads(line.removeprefix("SEEN "))
+    return found
 
 
 def end(processes: list[psutil.Process]) -> None:

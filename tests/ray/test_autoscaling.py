@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 from ctrlray import schema
 from ctrlray.tables import Storage
 from tests.ray.autoscaling import BATCH, ENGINES, PROMPTS
+from tests.ray.fake_nodes import told
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(1200)]
-ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +22,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def seen(folder):
     """One run of the whole story: what it saw of nodes and engines."""
-    command = [sys.executable, "-m", "tests.ray.autoscaling", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1100)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("SEEN "))
-    return json.loads(line.removeprefix("SEEN "))
+    return told("tests.ray.autoscaling", str(folder), timeout_s=1000)
 
 
 def rows(seen, what, *, after=0.0):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-
 import pytest
 
-from tests.ray.fake_nodes import ROOT
+from tests.ray.fake_nodes import ROOT, told
 
 pytestmark = [pytest.mark.soak, pytest.mark.timeout(900)]
 FILES = ["aws.yaml", "gcp.yaml", "local.yaml", "kuberay/raycluster.yaml"]
@@ -16,11 +12,7 @@ FILES = ["aws.yaml", "gcp.yaml", "local.yaml", "kuberay/raycluster.yaml"]
 
 @pytest.mark.parametrize("name", FILES)
 def test_ray_finds_nodes_for_every_phase_of_every_job(name, tmp_path):
-    command = [sys.executable, "-m", "tests.ray.reserving", str(tmp_path), str(ROOT / "cluster" / name)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=850)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    line = next(x for x in done.stdout.splitlines() if x.startswith("SEEN "))
-    seen = json.loads(line.removeprefix("SEEN "))
+    seen = told("tests.ray.reserving", str(tmp_path), str(ROOT / "cluster" / name), timeout_s=800)
     assert len(seen["phases"]) > 5
     for phase, placed in seen["phases"].items():
         assert placed is not None, f"{phase}: not placed"
