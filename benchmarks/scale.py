@@ -267,8 +267,9 @@ def throughput(runs: Runs, engines: Sequence[int], rate: float) -> tuple[list[di
         if number == 32:
             made[-1]["met"] = share >= LEAST_EFFICIENCY
         shares[number] = found["stream_cpu_s"] / found["stream_s"]
+        rows_s = round(share * number * rate / TOKENS, 1)
         made += [
-            figure(f"rows/s of {number} simulated engines, by rate and share", "recorded", round(share * number * rate / TOKENS, 1), None),
+            figure(f"rows/s of {number} simulated engines, by their rate and that share", "recorded", rows_s, None),
             figure(f"driver's share of a core at {number} simulated engines", "recorded", round(shares[number], 4), None),
         ]
     return made, shares

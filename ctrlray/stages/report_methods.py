@@ -136,7 +136,7 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any], spe
         "Finished",
         "Prompts whose answers differ",
         "Code gap, nats/token",
-        "KL to the base, nats/answer",
+        "Log-prob over the base's, nats/answer",
     )
     rows = []
     for method in dict.fromkeys([*metrics, *code_gaps]):
@@ -159,9 +159,9 @@ def overview_table(metrics: Mapping[str, Any], code_gaps: Mapping[str, Any], spe
     caption = (
         "Methods on the same held-out prompts. What is spent on an answer counts all of reranking's candidates; seconds are "
         "those of the pool of engines, which answers in batches, without its start. The code gap is NLL under wrong codes minus "
-        "that under the right one; the KL to the base is the mean over answers of their log-prob under the code minus that "
-        "under the base without one: unbiased where they were sampled at temperature 1 with nothing cut off; of greedy answers "
-        "it is how much likelier training made what a method says first"
+        "that under the right one; the log-prob over the base's is the mean over answers of their log-prob under the code minus "
+        "that under the base without one: where they were sampled at temperature 1 with nothing cut off, an unbiased estimate of "
+        "the KL to the base; of greedy answers, how much likelier training made what a method says first"
     )
     return table(caption, header, rows)
 

@@ -95,9 +95,9 @@ def test_the_overview_has_what_an_answer_costs_where_it_was_measured():
     assert [[row[i].text for i in at] for row in found.rows] == [[DASH, DASH], ["281.2", "1.500"]]
 
 
-def test_the_overview_has_the_kl_to_the_base_where_it_was_measured():
+def test_the_overview_has_the_log_prob_over_the_base_s_where_it_was_measured():
     drifted = {"start": {"num_rows": 9}, "exmate": {"num_rows": 9, "kl_base": {"value": 6.25, "low": 5.0, "high": 8.0}}}
     found = methods.overview_table(drifted, {}, {})
-    at = found.header.index("KL to the base, nats/answer")
+    at = found.header.index("Log-prob over the base's, nats/answer")
     start, exmate = (row[at] for row in found.rows)
     assert (start.text, exmate.text, exmate.note) == (DASH, "6.2", "[5.0, 8.0]")
