@@ -240,6 +240,12 @@ def test_rerank_by_the_runs_rewards(admin):
 def test_stock_routes_and_serves_own_lead_nowhere(admin):
     for path in ("/tokenize", "/v1/embeddings", "/v1/score", "/metrics/engine"):
         assert admin.post(path, json={"prompt": "x"}).status_code == 404
+    assert admin.get("/-/routes").status_code == 404 and admin.get("/-/healthz").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["X-Request-ID", "X-Session-Id", "serve_multiplexed_model_id", "x-request-timeout-seconds"])
+def test_headers_cannot_steer_or_break_the_proxy(admin, name):
+    assert admin.get("/v1/models", headers={name: b"\xff"}).status_code == 200
 
 
 def test_a_caller_who_leaves_frees_the_engine(admin):
