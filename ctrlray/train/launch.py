@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -15,6 +16,9 @@ from ctrlray.placement import on_nodes
 from ctrlray.tables import Storage
 
 _POLL_S = 1.0
+_LOOK = ("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+"""How often Ray Train's controller takes what workers report. A worker that reports again before that waits, and so does the end
+of a training; Ray's own 2 s are most of the time of a small one."""
 MOST_STARTS = 100
 """How often worker groups may fail to start, a minute each, and nodes may be taken away; without it Ray tries for ever."""
 
@@ -30,6 +34,7 @@ def launch(
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    os.environ.setdefault(*_LOOK)
     gpu = settings.gpus_per_worker > 0
     worker_env = {"TOKENIZERS_PARALLELISM": "false"} | ({} if gpu else {"DS_ACCELERATOR": "cpu"})
     trainer = TorchTrainer(

@@ -8,6 +8,7 @@ import pytest
 import ray.train.torch
 from ray.exceptions import RayTaskError
 from ray.train import ControllerError, WorkerGroupError
+from ray.train.v2._internal.constants import HEALTH_CHECK_INTERVAL_S_ENV_VAR, get_env_vars_to_propagate
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError, WorkerHealthCheckFailedError
 
 from ctrlray import config
@@ -84,3 +85,14 @@ def test_nothing_is_tried_for_ever(fit):
     fit(ControllerError(GLOO))
     wanted = fit.given.failure_config
     assert (wanted.max_failures, wanted.controller_failure_limit, wanted.max_preemption_failures) == (2, 100, 100)
+
+
+@pytest.mark.parametrize("own", [None, "3"])
+def test_reports_are_taken_twice_a_second_unless_the_user_says_otherwise(fit, monkeypatch, own):
+    """Ray Train's own two seconds would be most of a small training: a worker waits for each snapshot to be taken."""
+    name = HEALTH_CHECK_INTERVAL_S_ENV_VAR
+    monkeypatch.setenv(name, own or "")  # so that it is as before afterwards
+    if own is None:
+        monkeypatch.delenv(name)
+    fit(WorkerGroupError("", {0: GLOO}))
+    assert get_env_vars_to_propagate()[name] == (own or "0.5")
