@@ -45,15 +45,14 @@ class Entrance:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
-        if scope["type"] == "http":
-            if scope["path"] == _HIDDEN:
-                await send({"type": "http.response.start", "status": 404, "headers": []})
-                await send({"type": "http.response.body", "body": b""})
-                return
+        if scope["type"] == "http" and scope["path"] == _HIDDEN:
+            await send({"type": "http.response.start", "status": 404, "headers": []})
+            await send({"type": "http.response.body", "body": b""})
+            return
+        if "headers" in scope:
             pairs = ((bytes(name).lower(), bytes(value)) for name, value in scope["headers"])
-            kept = [(name, value) for name, value in pairs if _harmless(name, value)]
-            scope = {**scope, "headers": kept}
-            if _small(kept):
+            scope = {**scope, "headers": [(name, value) for name, value in pairs if _harmless(name, value)]}
+            if scope["type"] == "http" and _small(scope["headers"]):
                 receive = await _take_along(scope, receive)
         await self._app(scope, receive, send)
 

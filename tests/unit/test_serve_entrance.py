@@ -125,6 +125,13 @@ def test_what_is_deployed_is_told_to_nobody():
     assert sent[0]["status"] == 404
 
 
+def test_headers_of_web_sockets_go_too():
+    proxy = Proxy()
+    scope = {"type": "websocket", "path": "/", "headers": [(b"x-session-id", b"\xff"), (b"host", b"x")]}
+    run(Entrance(proxy)(scope, None, None))
+    assert proxy.scope["headers"] == [(b"host", b"x")]
+
+
 def test_the_start_of_a_server_passes():
     async def started():
         seen = []
