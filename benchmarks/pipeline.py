@@ -36,7 +36,7 @@ USEFUL = (
     "sampling",
     "scoring behind it",
     "optimizer steps",
-    "held-out likelihoods and snapshots",
+    "held-out likelihoods",
     "sampling of the grid",
     "scoring of the grid",
 )
@@ -104,12 +104,14 @@ def of_generation(generate: Path, score: Path, notes: Notes) -> Seconds:
 
 def of_training(folder: Path, notes: Notes) -> Seconds:
     """Optimizer steps and what lies before, between and after them; the driver sees a step a second late at most."""
-    steps = [p["seconds"] for p in json.loads((folder / "curves.json").read_text())]
+    curve = json.loads((folder / "curves.json").read_text())
+    steps, held_out = [p["seconds"] for p in curve], sum(p.get("valid_seconds", 0.0) for p in curve)
     began, ended = notes.rows[0] - steps[0], notes.rows[-1]
     return {
         "start of training workers": began - notes.began,
         "optimizer steps": sum(steps),
-        "held-out likelihoods and snapshots": max(ended - began - sum(steps), 0.0),
+        "held-out likelihoods": held_out,
+        "snapshots": max(ended - began - sum(steps) - held_out, 0.0),
         "end of training": (folder.parent / "result.json").stat().st_mtime - ended,
     }
 

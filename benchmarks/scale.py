@@ -204,8 +204,8 @@ class Runs:
     """Runs, each in a process of its own with a Ray of its own; finished ones are kept in a file, where one is given."""
 
     def __init__(self, kept: Path | None) -> None:
-        self._kept, self.others = kept, 0.0
-        self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
+        self._kept, self.others = None if commit().endswith("+") else kept, 0.0  # of a tree that is not committed: not told apart
+        self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if self._kept and self._kept.is_file() else {}
 
     def run(
         self,

@@ -83,7 +83,7 @@ def run_ctrlray(chats: Sequence[Conversation], answers: Sequence[Sequence[str]])
         for i, chat in enumerate(chats)
         for k, text in enumerate(answers[i])
     ]  # fmt: skip
-    start_ray(config.Cluster())
+    start_ray(config.Cluster(cpus=(os.cpu_count() or 1) + 1))  # the writer of scores reserves a little beside the actor
     clock = Clock()
     with tempfile.TemporaryDirectory() as scratch:
         out = Storage(scratch)

@@ -229,6 +229,8 @@ class Renderer:
         """Token ids of the code alone."""
         key = tuple(levels)
         if key not in self._codes:
+            if len(self._codes) == _SHAPES:
+                self._codes.pop(next(iter(self._codes)))
             self._codes[key] = tuple(self._encode(self.space.code(levels)))
         return list(self._codes[key])
 

@@ -54,7 +54,8 @@ def _tables(run: pipeline.Run, stage: str, method: str) -> dict[str, tuple[str, 
             learned = out.sub(method)
             adapter = pa.table({"method": [method], "bytes": [learned.read_bytes("adapter", "adapter.safetensors")]})
             losses = ("policy", "value") if method == PPO else ("loss",)
-            curve = pa.Table.from_pylist([{name: p[name] for name in ("step", *losses)} for p in learned.read_json("curves.json")])
+            points = learned.read_json("curves.json")
+            curve = pa.Table.from_pylist([{name: p[name] for name in ("step", *losses)} for p in points])
             made = {"adapter": ("method", adapter), "losses": ("step", curve)}
             if method == PPO:
                 return made | {"rollouts": ("rollout_id", learned.read_table("rollouts", schema.rollouts(NAMES)))}

@@ -22,6 +22,7 @@ import pyarrow as pa
 from ctrlray import config, models
 from ctrlray.errors import ConfigError, DataError
 from ctrlray.ledger import Progress, Silent
+from ctrlray.patience import Patience
 from ctrlray.placement import on_nodes
 from ctrlray.rewards import measure
 from ctrlray.rewards.data import preference_pairs, read_parts
@@ -186,7 +187,8 @@ def extract(
     progress.total(len(rows))
     features: Floats | None = None
     lengths = np.full(len(rows), np.nan)
-    for batch in done.iter_batches(batch_size=None, batch_format="numpy"):
+    patience = Patience("reward train", job.cluster.stall_timeout_s, lambda: "actors that read answers, by `ray status`")
+    for batch in patience.each(done.iter_batches(batch_size=None, batch_format="numpy")):
         if features is None:
             features = np.empty((len(rows), batch["features"].shape[1]), np.float32)
         features[batch["row"]], lengths[batch["row"]] = batch["features"], batch["length"]

@@ -17,7 +17,7 @@ MAX_SCHEMA_BYTES = 32_768
 MAX_CHOICES = 128
 _INT64 = 2**63
 _MOST_FIELDS = 64
-"""Of any object; each unknown one would make an error of its own."""
+"""Of any object; each unknown one would make an error of its own, and long lists end at their first."""
 
 Text = Annotated[str, Field(max_length=10_000_000)]
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
@@ -48,7 +48,7 @@ class ChatMessage(Strict):
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     """`developer` counts as `system`."""
-    content: Text | Annotated[list[TextPart], Field(max_length=1024)] | None = None
+    content: Text | Annotated[list[TextPart], Field(max_length=1024, fail_fast=True)] | None = None
     name: Annotated[str, Field(max_length=256)] | None = None
     """Accepted for clients that send it; the model does not see it."""
     tool_call_id: Annotated[str, Field(max_length=256)] | None = None
@@ -138,7 +138,7 @@ class Sampled(Strict):
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
     control: Annotated[dict[str, float | None], Field(max_length=16)] | None = None
     """The dial: `{"safety": 5, "helpfulness": 2}`. Rounded to the nearest level, halves up; missing ones take the default."""
     control_strategy: Literal["dial", "rerank"] | None = None
@@ -189,7 +189,7 @@ class ScoreRequest(Strict):
     """`POST /v1/control/scores`: how an answer does on the dial's attributes."""
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=2048, fail_fast=True)]
     answer: Text
 
 

@@ -2,7 +2,7 @@
 
 Ray obeys some headers of anybody, also of who has no key: it keeps every model id that it is told to multiplex for, takes time
 limits, and fails on bytes that are no UTF-8. Bodies it keeps in the proxy, which the ingress must call back for each: a small
-one that is there already travels with the request instead, in its scope, and `ctrlray.serve.guard` takes it from there.
+one that is there already travels with the request too, in its scope, and `ctrlray.serve.guard` takes it from there at once.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Entrance:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on."""
-        if scope["type"] == "http" and scope["path"] == _HIDDEN:
+        if scope["type"] == "http" and scope["path"].removeprefix(scope.get("root_path", "")) == _HIDDEN:
             await send({"type": "http.response.start", "status": 404, "headers": []})
             await send({"type": "http.response.body", "body": b""})
             return
@@ -72,16 +72,15 @@ def _small(headers: Headers) -> bool:
 
 
 async def _take_along(scope: Scope, receive: Receive) -> Receive:
-    """Put the body into the scope where all of it is there; else whatever came of it is received again."""
+    """Put the body into the scope where all of it is there. It is received again too: other applications do not look there."""
     try:
         async with asyncio.timeout(_AT_ONCE_S):
             message = await receive()
     except TimeoutError:
         return receive
-    if message["type"] != "http.request" or message.get("more_body", False):
-        return again(message, receive)
-    scope[BODY] = bytes(message.get("body", b""))
-    return receive
+    if message["type"] == "http.request" and not message.get("more_body", False):
+        scope[BODY] = bytes(message.get("body", b""))
+    return again(message, receive)
 
 
 def again(message: Message, receive: Receive) -> Receive:

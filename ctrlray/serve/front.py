@@ -214,13 +214,15 @@ class Front:
 
 def _check(request: Sampled, key: Key, served: Served, choices: int) -> None:
     """`choices`: answers in all, candidates and those of every prompt among them."""
+    prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
     if choices > key.choices:
-        prompts = len(request.prompts) if isinstance(request, CompletionRequest) else 1
         field = "n" if choices == request.n * prompts else "candidates"
         what = f"{field}={choices}" if prompts == 1 else f"{field}={request.n} of {prompts} prompts, {choices} answers,"
         raise Refusal(403, f"{what} is above the {key.choices} choices that your key may have", field)
-    if request.temperature == 0 and choices > (len(request.prompts) if isinstance(request, CompletionRequest) else 1):
-        raise Refusal(400, "temperature=0 makes all answers the same; ask for one, or raise temperature", "temperature")
+    if request.temperature == 0 and choices > prompts:
+        asked = choices == request.n * prompts
+        step = "ask for one, or raise it" if asked else "reranking chooses from different ones, so raise it"
+        raise Refusal(400, f"temperature=0 makes all answers the same; {step}", "temperature")
     if request.seed is not None and not served.seeds:
         raise Refusal(400, "seed is not supported by this model's CPU engine; leave it out", "seed")
 

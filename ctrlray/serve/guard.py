@@ -1,8 +1,8 @@
 """What a request must pass before anything reads it: a key, a size, and a pace. Plain ASGI, around the whole application.
 
-A caller without a key is answered before any byte of the body is read, and pages that need no key take no body; a body that is
-too long is refused by its declared length, or where the limit is reached; a body that trickles in is given up. One key can fill
-neither the memory with bodies nor the time with requests that are refused.
+A caller without a key is answered before any byte of the body is read, but for a small one that came along, and pages that need
+no key take no body; a body that is too long is refused by its declared length, or where the limit is reached; a body that
+trickles in is given up. One key can fill neither the memory with bodies nor the time with requests that are refused.
 """
 
 from __future__ import annotations

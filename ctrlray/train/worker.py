@@ -115,8 +115,10 @@ class _Loop:
             point = self._step(step)
             last = step == len(self.steps) - 1
             measured = last or (step + 1) % self.task.settings.eval_every == 0
+            began = time.perf_counter()
             gaps = self._code_gaps(None if last else self.task.settings.eval_examples) if measured else []
             if gaps:
+                point["valid_seconds"] = time.perf_counter() - began
                 right = sum(g["nll_right"] for g in gaps) / len(gaps)
                 wrong = sum(g["nll_wrong"] for g in gaps) / len(gaps)
                 point |= {"valid_nll": right, "valid_gap": wrong - right}

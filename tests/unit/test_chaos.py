@@ -251,3 +251,14 @@ def test_an_undisturbed_run_of_other_code_is_not_compared_with(tiny, private_cac
     (lab.whole("exmate") / "job.yaml").write_text("name: simulated")
     with pytest.raises(trial.Stale, match="another job"):
         lab.prepare(where)
+
+
+@pytest.mark.parametrize("method, losses", [("exmate", ["loss"]), ("ppo", ["policy", "value"])])
+def test_what_a_training_leaves_is_compared(tiny, private_cache, tmp_path, method, losses):
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job(tiny, tmp_path / "run", method)))
+    learned = Run(config.load_job(tmp_path / "job.yaml")).out("train").sub(method)
+    learned.write_bytes(b"weights", "adapter", "adapter.safetensors")
+    learned.write_json([{"step": 1, "seconds": 3.0} | dict.fromkeys(losses, 0.5)], "curves.json")
+    found = compare.rows(tmp_path, Where(method, "train", "train", "train"))
+    assert set(found) == {"adapter", "losses", "rollouts" if method == "ppo" else "code gaps"}
+    assert found["losses"] == [{"id": 1, "step": 1} | dict.fromkeys(losses, 0.5)]

@@ -38,9 +38,22 @@ class Proxy:
 
 def passed(headers, messages=(), **more):
     """The scope as it is passed on."""
-    proxy = Proxy()
-    run(send_body(Entrance(proxy), messages, headers, **more))
-    return proxy.scope
+    return passed_after(headers, messages, **more)[0]
+
+
+def passed_after(headers, messages=(), **more):
+    """The scope as it is passed on, and how often something was received before that."""
+    proxy, asked = Proxy(), []
+
+    async def app(scope, receive, send):
+        async def noted():
+            asked.append(True)
+            return await receive()
+
+        await Entrance(proxy)(scope, noted, send)
+
+    run(send_body(app, messages, headers, **more))
+    return proxy.scope, len(asked)
 
 
 def test_a_small_body_is_answered_without_being_asked_for():
@@ -48,7 +61,17 @@ def test_a_small_body_is_answered_without_being_asked_for():
     proxy = Proxy(world.app)
     sent = run(send_body(Entrance(proxy), [(0, body_part(CONTENT)), leaves], [announced()]))
     assert sent[0]["status"] == 200 and json.loads(sent[1]["body"])["choices"]
-    assert proxy.scope[BODY] == CONTENT and proxy.received == []
+    assert proxy.scope[BODY] == CONTENT and proxy.received in ([], [body_part(CONTENT)])
+
+
+def test_other_applications_receive_it_as_ever():
+    async def other(scope, receive, send):
+        proxy.received.append(await receive())
+
+    proxy = Proxy()
+    proxy.app = other
+    run(send_body(Entrance(proxy), [(0, body_part(CONTENT))], [announced()]))
+    assert proxy.received == [body_part(CONTENT)] * 2  # once counted as asked for, once as taken
 
 
 @pytest.mark.parametrize(
@@ -79,7 +102,8 @@ def test_what_is_not_there_at_once_is_received_as_ever(messages):
     ],
 )
 def test_no_byte_is_read_of_other_bodies(headers, more):
-    assert BODY not in passed(headers, [(0, body_part(CONTENT))], **more)
+    scope, asked = passed_after(headers, [(0, body_part(CONTENT))], **more)
+    assert BODY not in scope and asked == 0
 
 
 def test_a_caller_who_leaves_before_the_body_is_seen_by_the_guard():
@@ -120,8 +144,12 @@ def test_request_ids_are_short_and_plain(value, stays):
     assert ((b"x-request-id", value) in passed([(b"X-Request-Id", value)])["headers"]) == stays
 
 
-def test_what_is_deployed_is_told_to_nobody():
-    sent = run(send_body(Entrance(Proxy()), [], path="/-/routes"))
+@pytest.mark.parametrize("root", ["", "/x"])
+def test_what_is_deployed_is_told_to_nobody(root):
+    async def app(scope, receive, send):
+        await Entrance(Proxy())(scope | {"root_path": root}, receive, send)
+
+    sent = run(send_body(app, [], path=f"{root}/-/routes"))
     assert sent[0]["status"] == 404
 
 

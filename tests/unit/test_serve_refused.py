@@ -5,8 +5,10 @@ from __future__ import annotations
 import re
 
 import pytest
+from pydantic import ValidationError
 
 from ctrlray.serve import routes
+from ctrlray.serve.api import ChatRequest
 from ctrlray.serve.policy import Bounds
 from tests.ingress import CHAT, World, ask
 
@@ -73,6 +75,14 @@ def test_refused_with_the_field_and_nothing_reaches_the_engine(fields, param, wo
     assert words in error["message"] and set(error) == {"message", "type", "param", "code"}
     assert (error["param"] or "").startswith(param or ""), error
     assert world.engine.orders == []
+
+
+def test_long_lists_end_at_their_first_error():
+    """Errors are made and copied in the event loop, all of them."""
+    for bad in ([{"role": "user", "content": [0] * 1024}] * 2048, [{f"field{i}": 0 for i in range(64)}] * 2048):
+        with pytest.raises(ValidationError) as caught:
+            ChatRequest.model_validate(ask(messages=bad))
+        assert caught.value.error_count() < 70
 
 
 @pytest.mark.parametrize(
