@@ -1,6 +1,8 @@
-"""Runs the trials that have no outcome yet, one after the other; when all have one, stores them and writes the page.
+"""Runs the trials that have no outcome yet, one after the other, stores what is known and writes the page.
 
-python -m benchmarks.chaos --root DIR [--trials 50] [--most N]
+What is stored in `results/chaos.json` counts as known; remove it to begin anew.
+
+python -m benchmarks.chaos --root DIR [--most N] [--only N ...]
 """
 
 from __future__ import annotations
@@ -12,17 +14,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.page import PAGE, figures, good, write
+from benchmarks.chaos.page import PAGE, STORED, figures, good, write
+from benchmarks.chaos.plan import TRIALS
 from benchmarks.chaos.trial import Lab, Missed
 from benchmarks.common import store
 from ctrlray.pipeline import commit
 
-TRIALS = 50
-
 
 def outcomes(root: Path) -> list[dict[str, Any]]:
-    """Those that are there, by number."""
-    return [json.loads(path.read_text()) for path in sorted((root / "outcomes").glob("*.json"))]
+    """Those that are stored, and those of this root, by number."""
+    stored = json.loads(STORED.read_text())["outcomes"] if STORED.is_file() else []
+    own = [json.loads(path.read_text()) for path in (root / "outcomes").glob("*.json")]
+    known = {o["trial"]: o for o in (*stored, *own)}
+    return [known[number] for number in sorted(known)]
 
 
 def attempt(lab: Lab, number: int) -> dict[str, Any]:
@@ -40,14 +44,14 @@ def main() -> None:
     """Run, keep, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="keeps runs and outcomes; what has an outcome is not repeated")
-    parser.add_argument("--trials", type=int, default=TRIALS, help="of fewer, nothing is stored")
     parser.add_argument("--most", type=int, help="stop after so many trials, to go on later")
+    parser.add_argument("--only", type=int, nargs="+", help="of these numbers")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the drivers, in sessions of their own, are ended too
     lab = Lab(options.root)
     lab.root.mkdir(parents=True, exist_ok=True)
     done = {o["trial"] for o in outcomes(lab.root)}
-    todo = [n for n in range(options.trials) if n not in done]
+    todo = [n for n in options.only or range(TRIALS) if n not in done]
     for number in todo[: options.most]:
         try:
             outcome = attempt(lab, number)
@@ -55,14 +59,8 @@ def main() -> None:
             print(f"trial {number}: {missed}", flush=True)
             continue
         print(json.dumps(outcome), "" if good(outcome) else "NOT GOOD", flush=True)
-    found = [o for o in outcomes(lab.root) if o["trial"] < options.trials]
-    if len(found) < options.trials:
-        print(f"{options.trials - len(found)} of {options.trials} trials have no outcome yet")
-        return
-    if options.trials < TRIALS:
-        print(json.dumps(figures(found), indent=1))
-        return
-    print(store("chaos", figures(found), outcomes=found))
+    found = outcomes(lab.root)
+    print(store("chaos", figures(found), outcomes=found), f"{len(found)} of {TRIALS} trials")
     write()
     print(PAGE)
 

@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.chaos.plan import DRIVER, KINDS
+from benchmarks.chaos.plan import DRIVER, KINDS, TRIALS
 from benchmarks.common import RESULTS, figure, middle
 
 PAGE = Path(__file__).parents[2] / "docs" / "reliability.md"
+STORED = RESULTS / "chaos.json"
 Outcome = Mapping[str, Any]
 HEAD = """# Reliability
 
@@ -54,9 +55,9 @@ def good(outcome: Outcome) -> bool:
     return bool(outcome["recovered"]) and whole
 
 
-def figures(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """What the trials come to."""
-    trials, ended = len(outcomes), [o for o in outcomes if o["recovered"]]
+def figures(outcomes: Sequence[Outcome], trials: int = TRIALS) -> list[dict[str, Any]]:
+    """What those of `trials` come to that have an outcome."""
+    ended = [o for o in outcomes if o["recovered"]]
     lost, twice = sum(o["lost"] for o in ended), sum(o["twice"] for o in ended)
     equal, back = sum(map(good, outcomes)), len(ended)
     spared = [o for o in outcomes if not o["kind"].startswith(DRIVER)]
@@ -82,6 +83,8 @@ def page(stored: Mapping[str, Any]) -> str:
         if mine := [o for o in outcomes if o["kind"] == kind]:
             lines += _row(_summary(kind, mine))
     lines += _row(_summary("**all**", outcomes))
+    if len(outcomes) < TRIALS:
+        lines += ["", f"{len(outcomes)} of {TRIALS} trials have been made so far."]
     machine, commits = stored["machine"], ", ".join(sorted({o["commit"] for o in outcomes}))
     lines += [
         "",
@@ -127,4 +130,4 @@ def _rule(columns: int) -> str:
 
 def write() -> None:
     """The page anew, of what is stored."""
-    PAGE.write_text(page(json.loads((RESULTS / "chaos.json").read_text())), encoding="utf-8")
+    PAGE.write_text(page(json.loads(STORED.read_text())), encoding="utf-8")

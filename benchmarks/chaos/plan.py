@@ -8,6 +8,7 @@ from typing import NamedTuple
 from ctrlray.pipeline import STAGES
 
 DRIVER, ENGINE, CHILD, REWARD, WORKER, RAYLET = "driver", "engine", "child", "reward actor", "train worker", "raylet"
+TRIALS = 50
 LIKELIHOOD, PPO = "exmate", "ppo"
 """The two jobs, by the objective that they train: a trial needs only one of them."""
 

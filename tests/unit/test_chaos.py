@@ -216,15 +216,16 @@ def outcome(**changes):
 )
 def test_a_trial_that_went_wrong_is_on_the_page_and_in_the_figures(bad, figure, said):
     trials = [outcome(), outcome(trial=1, **bad)]
-    figures = page.figures(trials)
-    assert [f["met"] for f in page.figures(trials[:1])] == [True] * 5 + [None]
+    figures = page.figures(trials, 2)
+    assert [f["met"] for f in page.figures(trials[:1], 1)] == [True] * 5 + [None]
+    assert page.figures(trials[:1])[0]["met"] is False  # of fifty
     assert figures[figure]["met"] is False and figures[4]["met"] is False
     machine = {"cpu": "c", "cores": "2", "memory": "1 GiB"}
     assert said in page.page({"outcomes": trials, "machine": machine}).splitlines()[-3]
 
 
 def test_a_rerun_is_what_a_killed_driver_needs_and_no_other_process():
-    by_itself = lambda o: page.figures([o])[1]  # noqa: E731
+    by_itself = lambda o: page.figures([o], 1)[1]  # noqa: E731
     assert by_itself(outcome(recovered="rerun"))["met"] is False
     driver = by_itself(outcome(recovered="rerun", kind="driver while scoring"))
     assert driver["met"] is True and driver["target"] == "all of 0"
