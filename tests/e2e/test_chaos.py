@@ -1,4 +1,4 @@
-"""Processes killed with kill -9 in the midst of their work: a few kinds of victim, and fifty trials; both under `make soak`.
+"""Processes killed with kill -9 in the midst of their work: an engine, and under `make soak` further victims and fifty trials.
 
 The engines are simulated, everything else is real; see `benchmarks/chaos`.
 """
@@ -32,8 +32,7 @@ def whole(found: dict[str, object]) -> None:
     assert found["work"]
 
 
-@pytest.mark.soak
-@pytest.mark.parametrize("kind", SHORT)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow if k == "engine" else pytest.mark.soak) for k in SHORT])
 def test_nothing_is_lost_doubled_or_changed(lab: Lab, kind: str) -> None:
     trial = plan(SHORT[kind])
     assert trial.kind == kind and not trial.clustered
