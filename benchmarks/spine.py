@@ -4,6 +4,7 @@ The brevity job runs whole in a process of its own under `--root`, resumed when 
 While it runs, the resident memory of its engine and its training worker is read once a second, beside the formula's.
 
     python -m benchmarks.spine --root /data/ctrlray-spine
+    CI_HOME=/data/ci .ci/run && python -m benchmarks.spine --ci /data/ci
 """
 
 from __future__ import annotations
@@ -120,12 +121,24 @@ def tests_figure() -> dict[str, Any]:
     return figure("pytest, minutes", "< 5", round(minutes, 2), minutes < 5)
 
 
+def ci_figure(home: Path) -> dict[str, Any]:
+    """Minutes of `.ci/run`, which passed, as it noted them in its home, and the commit that it ran at."""
+    seconds, of = (home / "seconds").read_text().split()
+    minutes = int(seconds) / 60
+    return figure(".ci/run in a fresh clone, minutes", "< 60", round(minutes, 1), minutes < 60) | {"commit": of}
+
+
 def main() -> None:
     """Run, measure, store. Each figure keeps the commit that it was measured at."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--root", type=Path, help="where the brevity job runs")
     parser.add_argument("--only", choices=["brevity", "help", "tests"], help="measure one part, keep the others' figures")
+    parser.add_argument("--ci", type=Path, metavar="HOME", help="CI_HOME of a finished .ci/run: its minutes, others are kept")
     options = parser.parse_args()
+    if options.ci:
+        options.only = "ci"
+    elif options.root is None and options.only in (None, "brevity"):
+        parser.error("--root: the brevity job needs it")
     path = RESULTS / "B.json"
     kept = json.loads(path.read_text()) if options.only and path.is_file() else {"figures": [], "slopes": {}}
     figures, slopes = {f["name"].split(";")[0]: f for f in kept["figures"]}, kept["slopes"]
@@ -141,7 +154,9 @@ def main() -> None:
         made.append(help_figure())
     if options.only in (None, "tests"):
         made.append(tests_figure())
-    figures |= {f["name"].split(";")[0]: f | {"commit": commit()} for f in made}
+    if options.ci:
+        made.append(ci_figure(options.ci))
+    figures |= {f["name"].split(";")[0]: {"commit": commit()} | f for f in made}
     print(store("B", list(figures.values()), slopes=slopes))
 
 
