@@ -239,6 +239,7 @@ def test_a_learner_of_ppo_that_waits_for_rollouts_holds_no_work(tmp_path):
     assert scene._learning("ppo", 2) and not scene._learning("ppo", 3)
 
 
+@pytest.mark.slow  # a run in a process of its own
 def test_an_undisturbed_run_of_other_code_is_not_compared_with(tiny, private_cache, tmp_path):
     lab = trial.Lab(tmp_path)
     where = Where("exmate", "prompts", "prompts", "prompts")

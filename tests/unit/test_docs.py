@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from benchmarks import performance
+from benchmarks.chaos import page as chaos
 from ctrlray.cli import main
 from ctrlray.config import Job, packaged_jobs, parse
 
@@ -94,6 +96,11 @@ def test_there_are_such_messages_commands_and_job_files():
 def test_the_page_of_performance_is_up_to_date():
     page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
     assert page == performance.page(performance.stored()), "write it anew: python -m benchmarks.performance"
+
+
+def test_the_page_of_reliability_is_up_to_date():
+    stored = json.loads(chaos.STORED.read_text(encoding="utf-8"))
+    assert chaos.PAGE.read_text(encoding="utf-8") == chaos.page(stored), "write it anew: python -m benchmarks.chaos"
 
 
 def test_every_page_is_in_the_navigation():
