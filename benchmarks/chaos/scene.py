@@ -125,9 +125,9 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _title(process: psutil.Process) -> str:
-    """What a Ray process says that it does."""
+    """What a Ray process says that it does; it pads what it says."""
     try:
-        return " ".join(process.cmdline())
+        return " ".join(process.cmdline()).strip()
     except psutil.Error:
         return ""
 

@@ -241,7 +241,7 @@ def kill(trial: Trial, scene: Scene, driver: subprocess.Popen[bytes]) -> tuple[F
                 again = scene.look(trial.victim, trial.where)
                 if again is not None and again.process == found.process:
                     named = trial.victim in (DRIVER, CHILD, RAYLET)  # the others' titles say what they do
-                    title = trial.victim if named else " ".join(found.process.cmdline())[:120]
+                    title = trial.victim if named else " ".join(found.process.cmdline()).strip()[:120]
                     found.process.kill()
                     return again, title
                 found.process.resume()
