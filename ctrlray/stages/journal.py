@@ -40,7 +40,7 @@ class Journal:
         self._out = out
         self._current: tuple[str, str, dict[str, Any]] | None = None
         self._ended = self._max_restarts = 0
-        self._count = ""
+        self._actor = self._count = ""
 
     def clear(self) -> None:
         """Forget all notes: at the start of a run, those of a run that was killed as a whole say nothing about rows."""
@@ -52,7 +52,8 @@ class Journal:
 
         That is so when the actor's processes ended more than `max_restarts` times in a row, with nothing finished in between.
         """
-        self._max_restarts, self._count = max_restarts, f"{_actor()}.ended"
+        self._max_restarts, self._actor = max_restarts, _actor()
+        self._count = f"{self._actor}.ended"
         try:
             self._ended = 1 + int(self._out.read_bytes(self._count))
         except FileNotFoundError:
@@ -79,7 +80,7 @@ class Journal:
         who = f"{socket.gethostname()}:{os.getpid()}"
         left = [note | {"process": who} for note in self._notes(batch)]
         if self._ended > self._max_restarts:
-            raise self._over(left)
+            raise self._over()
         kept = set(done()) if left else set()
         for note in left:
             self._out.write_json(note, batch, _name(note["rows"]))
@@ -102,7 +103,8 @@ class Journal:
         for group in groups:
             name = _name(group)
             deaths = 1 + max((n["deaths"] for n in left if n["rows"] == group), default=0)  # if this one ends its process too
-            note = {"rows": group, "first": ids[group[0]], "process": who, "deaths": deaths, "error": "", "aside": False}
+            note = {"rows": group, "first": ids[group[0]], "actor": self._actor, "process": who, "deaths": deaths}
+            note |= {"error": "", "aside": False}
             self._out.write_json(note | {"since": _now()}, batch, name)
             self._current = (batch, name, note)
             try:
@@ -122,10 +124,12 @@ class Journal:
             self._ended = 0
             self._out.write_bytes(b"0", self._count)
 
-    def _over(self, left: Sequence[dict[str, Any]]) -> ClusterError:
-        """The error of an actor that is given up; `left` are the notes of the batch in hand."""
-        last = max(left, key=lambda n: str(n["since"]), default={"error": _IDLE})
-        isolated = sum(n["aside"] for batch in self._out.folders() for n in self._notes(batch))
+    def _over(self) -> ClusterError:
+        """The error of this actor, given up, with its last words on any batch: Ray may hand it another now."""
+        left = [n for batch in self._out.folders() for n in self._notes(batch)]
+        own = [n for n in left if n["actor"] == self._actor]
+        last = max(own, key=lambda n: str(n["since"]), default={"error": _IDLE})
+        isolated = sum(n["aside"] for n in left)
         return ClusterError(
             f"an actor's process ended {self._ended} times in a row and finished nothing in between, more than "
             f"pool.max_restarts={self._max_restarts} allows; the last one with: {last['error'] or _SILENT}. What is finished is "

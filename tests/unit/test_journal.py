@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from ctrlray.errors import ClusterError
 from ctrlray.isolate import plan
 from ctrlray.stages import journal as notes
 from ctrlray.stages.journal import Journal
@@ -105,6 +106,23 @@ def test_last_words_are_kept_for_the_row_that_was_alone(tmp_path, mortal):
             journal.run(["a", "b"], work)
     assert journal.run(["a", "b"], work) == ([[0]], {1: "ValueError: token -7 is out of range"})
     assert journal.run(["b", "a"], len) == ([2], {})  # row numbers of another batch
+
+
+def test_last_words_of_an_actor_are_found_whichever_batch_it_is_handed_next(tmp_path, mortal, monkeypatch):
+    """Ray may hand a restarted actor another batch than the one that it ended on; another actor's words are not its own."""
+    out = Storage(str(tmp_path))
+    for actor, words in (("a", "mine"), ("b", "the other's")):
+        monkeypatch.setattr(notes, "_actor", lambda actor=actor: actor)
+        journal = Journal(out)
+        assert journal.start(max_restarts=0)
+        with pytest.raises(SystemExit):
+            journal.run([actor], lambda group, j=journal, w=words: j.die(ValueError(w)))
+    for actor, words in (("a", "ValueError: mine"), ("b", "ValueError: the other's"), ("c", "before it took up work")):
+        monkeypatch.setattr(notes, "_actor", lambda actor=actor: actor)
+        while (journal := Journal(out)).start(max_restarts=0):
+            pass
+        with pytest.raises(ClusterError, match=f"the last one with: .*{words}"):
+            journal.run(["next"], len)
 
 
 def test_notes_name_the_oldest_work_first_and_the_row_it_began_with(tmp_path, mortal, monkeypatch):
