@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ctrlray.errors import DataError
@@ -48,6 +49,16 @@ def parse_dialogue(text: str) -> list[Message]:
             content = f"{messages.pop()['content']}\n\n{content}"
         messages.append({"role": role, "content": content})
     return messages
+
+
+def write_prompt(messages: Sequence[Message]) -> str:
+    r"""The dialogue before an answer, which follows after a space: `"\n\nHuman: a\n\nAssistant:"`.
+
+    HH knows no system turns: one is read as the human's.
+    """
+    speakers = {"assistant": "Assistant"}
+    turns = "".join(f"\n\n{speakers.get(m['role'], 'Human')}: {m['content']}" for m in messages)
+    return f"{turns}\n\nAssistant:"
 
 
 def parse_pair(chosen: str, rejected: str) -> Pair:

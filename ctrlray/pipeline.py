@@ -630,7 +630,10 @@ def machine() -> dict[str, str]:
 
 def _asked(reward: config.Reward) -> dict[str, Any]:
     """What of a reward decides its scores."""
-    return reward.model_dump(exclude=_SAME_SCORES)
+    asked = reward.model_dump(exclude=_SAME_SCORES)
+    if asked.get("format") == "chat":  # runs of before there was another keep their scores
+        del asked["format"]
+    return asked
 
 
 def _stamp(seconds: float) -> str:

@@ -59,6 +59,8 @@ class HFReward(AnyReward):
     revision: str | None = None
     attributes: Annotated[tuple[str, ...], Field(min_length=1)]
     """One name per logit, in the model's order."""
+    format: Literal["chat", "hh"] = "chat"
+    """What it was trained to read: its tokenizer's chat template, or Anthropic HH's `\\n\\nHuman: ...\\n\\nAssistant: ...`."""
     batch_size: Annotated[int, Field(ge=1)] = 16
     max_tokens: Annotated[int, Field(ge=8)] = 1024
     trust_remote_code: bool = False

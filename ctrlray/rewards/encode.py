@@ -10,17 +10,20 @@ from torch import Tensor
 
 from ctrlray.control import neutralise, special_strings
 from ctrlray.errors import ConfigError
+from ctrlray.hh import write_prompt
 from ctrlray.schema import Message
 
 
 class RewardEncoder:
-    """Renders by the tokenizer's chat template; without one, as the pair (conversation, answer).
+    """Renders by the tokenizer's chat template; without one, or with `hh`, as the pair (conversation, answer).
 
     Special tokens inside texts are neutralised. At most `max_tokens`, and never more than the tokenizer says its model
     takes: the oldest tokens are cut.
     """
 
-    def __init__(self, tokenizer: Any, max_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, max_tokens: int, *, hh: bool = False) -> None:
+        """`hh`: as the dialogues of Anthropic HH are written, whatever template the tokenizer has."""
+        self._hh = hh
         self.max_tokens = min(max_tokens, int(tokenizer.model_max_length))
         self._tokenizer = tokenizer
         self._specials = special_strings(tokenizer)
@@ -34,19 +37,23 @@ class RewardEncoder:
         """Token ids. Raises jinja2.TemplateError where the chat template refuses the conversation's roles."""
         clean = [Message(role=m["role"], content=neutralise(m["content"], self._specials)) for m in conversation]
         answer = neutralise(response, self._specials)
+        if self._hh:
+            return self._as_pair(write_prompt(clean), f" {answer}")
         if self._tokenizer.chat_template:
             turns = [*clean, Message(role="assistant", content=answer)]
             ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
             return [int(i) for i in ids[-self.max_tokens :]]
-        return self._as_pair("\n\n".join(m["content"] for m in clean), answer)
+        prompt = "\n\n".join(m["content"] for m in clean)
+        parted = self._special(pair=True) > self._special(pair=False)  # by a token of the tokenizer's own
+        return self._as_pair(prompt if parted else f"{prompt}\n\n", answer)
+
+    def _special(self, *, pair: bool) -> int:
+        return int(self._tokenizer.num_special_tokens_to_add(pair=pair))
 
     def _as_pair(self, prompt: str, answer: str) -> list[int]:
         """The tokenizer's own special tokens stay: an encoder's score is read from its first one."""
         self._tokenizer.truncation_side = "left"
-        special = self._tokenizer.num_special_tokens_to_add(pair=True)
-        if special == self._tokenizer.num_special_tokens_to_add(pair=False):  # none of them stands between the two
-            prompt += "\n\n"
-        room = self.max_tokens - special
+        room = self.max_tokens - self._special(pair=True)
         alone = len(self._tokenizer(answer, add_special_tokens=False)["input_ids"])
         # `only_first` cuts nothing at all where the answer by itself is too long
         cut = "only_first" if alone < room else "longest_first"

@@ -48,7 +48,7 @@ class HFScorer:
             raise ConfigError(
                 f"reward {reward.model!r} has {self._model.config.num_labels} outputs, the job file names {list(self.attributes)}"
             )
-        self.encode = RewardEncoder(tokenizer, reward.max_tokens)
+        self.encode = RewardEncoder(tokenizer, reward.max_tokens, hh=reward.format == "hh")
         self._model.config.pad_token_id = self.encode.pad_id
         units = getattr(self._model.config, UNITS, {"mean": 0.0, "std": 1.0})
         self._mean, self._std = np.asarray(units["mean"], np.float32), np.asarray(units["std"], np.float32)

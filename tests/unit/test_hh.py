@@ -5,7 +5,7 @@ import hashlib
 import pytest
 
 from ctrlray.errors import DataError
-from ctrlray.hh import judge_half, parse_dialogue, parse_pair
+from ctrlray.hh import judge_half, parse_dialogue, parse_pair, write_prompt
 
 
 def test_dialogue_by_hand():
@@ -16,6 +16,15 @@ def test_dialogue_by_hand():
         {"role": "user", "content": "Go: on."},
         {"role": "assistant", "content": "Done."},
     ]
+
+
+def test_a_prompt_is_written_as_it_is_read():
+    turns = [("user", "Hi."), ("assistant", "Hello!\n\nWhat now?"), ("user", "Go: on.")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = write_prompt(messages)
+    assert text == "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nWhat now?\n\nHuman: Go: on.\n\nAssistant:"
+    assert parse_dialogue(f"{text} Done.") == [*messages, {"role": "assistant", "content": "Done."}]
+    assert write_prompt([{"role": "system", "content": "Be brief."}, *messages[:1]]).startswith("\n\nHuman: Be brief.\n\nHuman: Hi.")
 
 
 def test_speaker_twice_is_one_message():

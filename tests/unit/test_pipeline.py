@@ -579,6 +579,14 @@ def test_how_a_reward_is_asked_changes_no_score():
     assert redone(before, job(rewards=[asked | {"url": "http://t/v1"}])) == FROM["score"]
 
 
+def test_what_a_reward_model_reads_redoes_the_scores_and_its_default_is_in_no_key():
+    """A run that was scored before rewards had a format goes on."""
+    model = {"type": "hf", "model": "org/m", "attributes": ["brevity"]}
+    plain, hh = job(rewards=[model]), job(rewards=[model | {"format": "hh"}])
+    assert redone(plain, hh) == FROM["score"]
+    assert "format" not in pipeline._asked(plain.rewards[0]) and pipeline._asked(hh.rewards[0])["format"] == "hh"
+
+
 JUDGE = {"type": "function", "target": "m:f", "attributes": ["brevity"], "judge": True}
 
 

@@ -116,6 +116,17 @@ def test_too_long_a_pair_loses_the_prompts_beginning_and_keeps_its_special_token
     assert words("abc", "0123456789" * 3).endswith("56789")
 
 
+def test_a_model_of_hh_reads_hh_s_dialogues_whatever_template_its_tokenizer_has():
+    tokenizer = tiny_tokenizer()
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    said = {hh: tokenizer.decode(RewardEncoder(tokenizer, 1000, hh=hh)(chat, "d")) for hh in (False, True)}
+    assert said[True] == "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
+    assert said[False] != said[True] and "<|im_start|>" in said[False]
+    tokenizer.chat_template = None
+    assert tokenizer.decode(RewardEncoder(tokenizer, 1000)(chat, "d")) == "a\n\nb\n\nc\n\nd"
+    assert tokenizer.decode(RewardEncoder(tokenizer, 20, hh=True)(chat, "d")) == "man: c\n\nAssistant: d"[-20:]
+
+
 def test_the_tokenizers_own_limit_holds():
     tokenizer = tiny_tokenizer()
     tokenizer.model_max_length = 20
