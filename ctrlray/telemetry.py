@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
@@ -134,6 +134,15 @@ def record_level_errors(metrics: Mapping[str, Any]) -> None:
         for attribute, values in found["attributes"].items():
             if (error := values["mae"]["value"]) is not None:
                 record(current(), "ctrlray_level_error", error, method=method, attribute=attribute)
+
+
+def warn_quarantined(where: Where, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One log line for rows that are quarantined together, as `schema.QUARANTINE` has them; nothing where there are none."""
+    if rows:
+        error, detail = rows[0]["error"], rows[0]["detail"]
+        more = f", and {len(rows) - 1} more with it" if len(rows) > 1 else ""
+        said = detail if detail.startswith(error) else f"{error}: {detail}"
+        warn(where, f"quarantined, {said}{more}", str(rows[0]["row_id"]))
 
 
 class Metered:

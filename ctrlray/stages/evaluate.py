@@ -46,7 +46,7 @@ from ctrlray.stages.questions import (
 )
 from ctrlray.stages.sets import TOO_LONG, Asked
 from ctrlray.tables import Storage, from_rows
-from ctrlray.telemetry import current, warn
+from ctrlray.telemetry import current, warn_quarantined
 
 Answers = list[dict[str, Any]]
 
@@ -128,8 +128,7 @@ def _planned(
     if refused:
         bad = [{"stage": "evaluate", "row_id": p, "error": e, "detail": why} for p, (e, why) in sorted(refused.items())]
         part.out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", "prompts")
-        more = f", and {len(bad) - 1} more prompts" if len(bad) > 1 else ""
-        warn(current(), f"quarantined, {bad[0]['error']}: {bad[0]['detail']}{more}", str(bad[0]["row_id"]))
+        warn_quarantined(current(), bad)
     kept = part._replace(prompts=[p for p in readable if p["prompt_id"] not in long])
     if not kept.prompts:
         what = f"evaluate.sets.{part.name}" if part.name else "evaluate"

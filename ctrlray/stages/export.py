@@ -90,7 +90,8 @@ Made by ctrlray from `{job.model.name}` with the objective `{method}` (arXiv 240
 {table}
 
 ```python
-ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, {example}, return_tensors="pt")
+inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, {example}, return_dict=True, return_tensors="pt")
+model.generate(**inputs, max_new_tokens=256)
 ```
 
 On a vLLM server send `"chat_template_kwargs": {{...}}` with the same names. Other levels raise an error.

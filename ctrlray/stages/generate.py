@@ -44,7 +44,7 @@ from ctrlray.stages.requests import (
     write_blocks,
 )
 from ctrlray.tables import Storage, from_rows
-from ctrlray.telemetry import Where, current, record_if_restarted, warn
+from ctrlray.telemetry import Where, current, record_if_restarted, warn, warn_quarantined
 
 
 class GenerateBatch:
@@ -150,6 +150,7 @@ def run(
         made, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
         if refused.num_rows:
             out.write_table(refused, "quarantine")
+            warn_quarantined(current(), refused.to_pylist())
         ids = keys(made["response_id"].to_pylist())
         asked = np.concatenate([ids, keys(refused["row_id"].to_pylist())])
         todo = made.filter(pa.array(~among(ids, done)))

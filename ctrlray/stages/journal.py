@@ -26,7 +26,7 @@ from ctrlray.errors import ClusterError
 from ctrlray.isolate import plan
 from ctrlray.schema import QUARANTINE, digest
 from ctrlray.tables import Storage, from_rows
-from ctrlray.telemetry import Where, warn
+from ctrlray.telemetry import Where, warn_quarantined
 
 T = TypeVar("T")
 IN_FLIGHT = "in_flight"
@@ -192,6 +192,6 @@ def _actor() -> str:
 
 def set_aside(out: Storage, where: Where, stage: str, row: str, error: str, detail: str) -> None:
     """Quarantine one row as soon as its fault is known, in a part of its own, and say so."""
-    table = from_rows([{"stage": stage, "row_id": row, "error": error, "detail": detail}], QUARANTINE)
-    out.write_table(table, "quarantine", f"part-{digest([row])}")
-    warn(where, f"quarantined, {error}: {detail}", row)
+    bad = [{"stage": stage, "row_id": row, "error": error, "detail": detail}]
+    out.write_table(from_rows(bad, QUARANTINE), "quarantine", f"part-{digest([row])}")
+    warn_quarantined(where, bad)

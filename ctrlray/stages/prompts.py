@@ -18,6 +18,7 @@ from ctrlray.ledger import Progress, StageResult, count
 from ctrlray.schema import Message
 from ctrlray.stages.records import Unreadable, json_lines, not_utf8, records
 from ctrlray.tables import Storage, from_rows, slices
+from ctrlray.telemetry import current, warn_quarantined
 
 _COLUMNS = ("messages", "prompt", "question", "instruction", "text", "turns")
 
@@ -59,6 +60,7 @@ def run(settings: config.Prompts, seed: int, out: Storage, progress: Progress) -
         out.write_table(part, "prompts", schema.part_of(part["prompt_id"][0].as_py()))
     if bad:
         out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
+        warn_quarantined(current(), bad)
     progress.total(sum(given))
     progress.advance(sum(given))
     return StageResult(sum(given), len(chosen), count(dropped), {"unreadable": len(bad)} if bad else {})

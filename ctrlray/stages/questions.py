@@ -19,6 +19,7 @@ from ctrlray.ledger import Progress
 from ctrlray.stages.export import START
 from ctrlray.stages.score import job_attributes
 from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import current, warn_quarantined
 
 RERANKING = "reranking"
 UNCONTROLLED = (START, RERANKING)
@@ -183,6 +184,7 @@ def _ask(method: str, plan: Plan, pool: EnginePool, job: config.Job, progress: P
     held.keep()
     if bad := [_left_out(q) for q in asked if q.grid_id not in kept]:
         plan.out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", f"method-{method}")
+        warn_quarantined(current(), bad)
     rows = [kept.get(q.grid_id) or _row(q, _NO_ANSWER, version, job) for q in asked]
     plan.out.write_table(from_rows(rows, answers_schema(job)), "answers", f"method-{method}")
     if pieces.exists(method):

@@ -24,7 +24,7 @@ from ctrlray.control import Renderer, with_system
 from ctrlray.errors import DataError
 from ctrlray.schema import Message
 from ctrlray.tables import Storage, from_rows, slices
-from ctrlray.telemetry import Where, record_if_restarted
+from ctrlray.telemetry import Where, record_if_restarted, warn_quarantined
 
 TABLE = "requests"
 Keys = NDArray[np.int64]
@@ -95,6 +95,7 @@ class ExpandRange:
         where: Where,
     ) -> None:
         record_if_restarted(where, "request writer")
+        self._where = where
         self._prompts, self._settings, self._renderer = prompts, settings, renderer
         self._fingerprint, self._max_prompt, self._out = fingerprint, max_prompt, out
         self._part: tuple[str, pa.Table] = ("", schema.PROMPTS.empty_table())
@@ -116,6 +117,7 @@ class ExpandRange:
         )
         if refused.num_rows:
             self._out.write_table(refused, "quarantine", f"part-{schema.digest(refused['row_id'].to_pylist())}")
+            warn_quarantined(self._where, refused.to_pylist())
         part = f"part-{schema.digest(made['response_id'].to_pylist())}"
         self._out.write_table(made, TABLE, part)
         return self._out.path(TABLE, f"{part}.parquet")

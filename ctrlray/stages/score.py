@@ -28,7 +28,7 @@ from ctrlray.stages.generate import actor_options, consume, patience
 from ctrlray.stages.journal import IN_FLIGHT, Journal, set_aside
 from ctrlray.stages.requests import Keys, among, joined, keys, num_among
 from ctrlray.tables import Storage, from_rows, slices
-from ctrlray.telemetry import NOWHERE, Where, current, record_if_restarted, warn
+from ctrlray.telemetry import NOWHERE, Where, current, record_if_restarted, warn_quarantined
 
 TRUNCATED = "truncated"
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -145,8 +145,7 @@ class WriteScores:
             self._out.write_table(from_rows(good, schema.scores([n for n, _ in self._attributes])), "scores", part)
         if bad:
             self._out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine", part)
-            more = f", and {len(bad) - 1} more of this block" if len(bad) > 1 else ""
-            warn(self._where, f"quarantined, {bad[0]['detail']}{more}", bad[0]["row_id"])
+            warn_quarantined(self._where, bad)
         counted = batch.select(["response_id"])
         if "token_ids" in batch.column_names:
             counted = counted.append_column("num_tokens", pc.list_value_length(batch["token_ids"]))

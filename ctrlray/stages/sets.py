@@ -10,6 +10,7 @@ from ctrlray.errors import DataError
 from ctrlray.ledger import count
 from ctrlray.stages.prompts import Row, read_source
 from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import current, warn_quarantined
 
 FOLDER = "sets"
 LABELS = ("safe", "unsafe")
@@ -64,6 +65,7 @@ def _choose(wanted: config.PromptSet, seed: int, trained_on: Collection[str], fi
         raise DataError(f"evaluate.sets.{wanted.name}: none of {accounts['rows']} rows can be asked: {accounts}; add a source")
     if bad:
         out.write_table(from_rows(bad, schema.QUARANTINE), "quarantine")
+        warn_quarantined(current(), bad)
     out.write_table(from_rows(sorted(chosen, key=lambda r: r["prompt_id"]), schema.SET_PROMPTS), "prompts")
     out.write_json(accounts, ACCOUNTS)
 

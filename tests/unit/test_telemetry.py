@@ -116,6 +116,19 @@ def test_a_log_line_carries_run_stage_and_row_on_one_line(caplog):
     assert third == "ctrlray: alone"
 
 
+def test_rows_that_are_quarantined_together_take_one_line(caplog):
+    died = {"row_id": "5f2c", "error": "process_died", "detail": "alone with it the engine ended"}
+    bad = {"row_id": "7a", "error": "not_finite", "detail": "not_finite: safety is nan"}
+    with caplog.at_level(logging.WARNING):
+        for rows in ([died], [bad, died, died], []):
+            telemetry.warn_quarantined(HERE, rows)
+    about = f"run={HERE.run} stage={HERE.stage}"
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{about} row=5f2c: quarantined, process_died: alone with it the engine ended",
+        f"{about} row=7a: quarantined, not_finite: safety is nan, and 2 more with it",
+    ]
+
+
 def test_the_dashboard_draws_every_metric_and_no_other():
     named = {name for q in QUERIES for name in re.findall(r"ray_\w+", q)}
     assert named == {exported(name) for name in METRICS}

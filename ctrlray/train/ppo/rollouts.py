@@ -22,6 +22,7 @@ from ctrlray.ledger import count
 from ctrlray.rewards.pool import RewardPool
 from ctrlray.rewards.rows import weighted
 from ctrlray.tables import Storage, from_rows
+from ctrlray.telemetry import current, warn
 
 ROLLOUTS = "rollouts"
 ENGINE_DIED, ALONE, NOT_FINITE = "engine_died", "alone_in_group", "not_finite"
@@ -141,6 +142,9 @@ class Producer:
         dropped = count([r["error"] for r in rows if r["error"]])
         if sum(dropped.values()) == len(rows):
             raise DataError(f"ppo step {step + 1}: none of {len(rows)} rollouts can be trained on: {dropped}")
+        if dropped:
+            first = next(r["rollout_id"] for r in rows if r["error"])
+            warn(current(), f"step {step + 1}: {dropped} of {len(rows)} rollouts are left out", first)
         accounts = {
             "generate_s": sampled - began,
             "score_s": time.perf_counter() - sampled,
