@@ -27,6 +27,8 @@ PRICES = Path(str(resources.files("ctrlray") / "assets" / "prices.yaml"))
 _TYPE = "accelerator_type:"
 """How the resources of a Ray node name its kind of GPU."""
 _MACHINE_LABEL, _SPOT_LABEL = "node.kubernetes.io/instance-type", "cloud.google.com/gke-spot"
+_IDLE_MINUTES, _IDLE_SECONDS = 5.0, 60.0
+"""What Ray's launcher and KubeRay's autoscaler wait where a file does not say."""
 _OWN = ("CPU", "GPU", "memory", "object_store_memory")
 
 
@@ -83,6 +85,8 @@ class Cluster(NamedTuple):
     workers: tuple[NodeType, ...]
     most: int
     """Workers at the same time, of all types together."""
+    idle_s: float = 0.0
+    """How long a worker that came up stays without work; 0 where none goes down."""
 
     def nodes(self) -> list[Node]:
         """All nodes when every type is at its most."""
@@ -146,7 +150,8 @@ def _launcher(raw: Mapping[str, Any], prices: Prices) -> Cluster:
         where = f"available_node_types.{name}"
         types[name] = _node_type(name, machine, given["resources"], spot, given.get("min_workers", 0), most, prices, where)
     head = types.pop(raw["head_node_type"])
-    return Cluster(raw["cluster_name"], head, tuple(types.values()), raw["max_workers"])
+    idle_s = 60.0 * raw.get("idle_timeout_minutes", _IDLE_MINUTES)
+    return Cluster(raw["cluster_name"], head, tuple(types.values()), raw["max_workers"], idle_s)
 
 
 def _on_premise(raw: Mapping[str, Any], prices: Prices) -> Cluster:
@@ -163,8 +168,10 @@ def _on_premise(raw: Mapping[str, Any], prices: Prices) -> Cluster:
 def _kuberay(raw: Mapping[str, Any], prices: Prices) -> Cluster:
     spec = raw["spec"]
     spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
-    groups = [_pods(g, prices) for g in spec["workerGroupSpecs"]]
-    return Cluster(raw["metadata"]["name"], _pods(spec["headGroupSpec"], prices), tuple(groups), sum(g.most for g in groups))
+    groups = tuple(_pods(g, prices) for g in spec["workerGroupSpecs"])
+    idle_s = float(spec.get("autoscalerOptions", {}).get("idleTimeoutSeconds", _IDLE_SECONDS))
+    head = _pods(spec["headGroupSpec"], prices)
+    return Cluster(raw["metadata"]["name"], head, groups, sum(g.most for g in groups), idle_s)
 
 
 def _pods(group: Mapping[str, Any], prices: Prices) -> NodeType:

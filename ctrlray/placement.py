@@ -20,12 +20,13 @@ WRITE_CPUS = 0.05
 _ENGINES_PER_WRITER = 32
 CONTROLLER_CPUS = 0.1
 """Room for ctrlray's own small tasks, such as merging an adapter."""
-JUDGING = "evaluate: judges"
+GRADING, JUDGING = "evaluate: rewards", "evaluate: judges"
 STAGES_OF = {
     "generate and score": ("generate", "score"),
     "train": ("train",),
     "train ppo": ("train",),
     "evaluate": ("evaluate", "export"),
+    GRADING: ("evaluate",),
     JUDGING: ("evaluate",),
 }
 """Stages that run a phase's actors."""
@@ -73,8 +74,8 @@ def plan(
 ) -> list[Group]:
     """What each phase runs at the same time: at `least`, or with pools at their largest.
 
-    Engines and reward actors run together; training runs alone; judges score when the engines are gone. `rewards` has the
-    parameters of reward models by name.
+    Engines and reward actors run together; training runs alone; the grid is scored when its engines are gone, by the rewards
+    and then by judges. `rewards` has the parameters of reward models by name.
     """
     first, known = "generate and score", rewards or {}
     engines, scoring = job.generate.pool, job.score.pool
@@ -88,6 +89,7 @@ def plan(
         *(_reinforcing(job, shape, known) if ppo else []),
         _engines(job, "evaluate", engines.max_size, shape),
         Group("evaluate", MERGE, 1, CONTROLLER_CPUS, 0.0, memory.SMALL_PROCESS_GIB),
+        *_scoring(job, GRADING, job.teachers, scorers, known),
         *(_scoring(job, JUDGING, job.judges, scorers, known) if job.judges else []),
     ]
 

@@ -16,7 +16,7 @@ from ctrlray import config, estimate, memory, models, placement, rates
 from ctrlray.clusters import GPU, PRICES, RAY_SHARE, Cluster, Launched, NodeType, Prices, launch, read_cluster, read_prices
 from ctrlray.errors import ClusterError, ConfigError
 from ctrlray.memory import Memory, Shape
-from ctrlray.placement import JUDGING, Group
+from ctrlray.placement import GRADING, JUDGING, Group
 from ctrlray.rates import Rate, Rates
 
 DRIVER_S = 60.0
@@ -52,8 +52,12 @@ class Planner:
             "memory": list(self._memory()),
             "stages": stages,
             "total": {"seconds": seconds, "dollars": sum(s["dollars"] for s in stages)},
-            "assumptions": [*rates.ASSUMPTIONS, f"a phase's nodes take {self.rates.start_s:g} s to come up, and are paid for"],
+            "assumptions": [*rates.ASSUMPTIONS, self._waits()],
         }
+
+    def _waits(self) -> str:
+        idle = f" and stay {self.cluster.idle_s:g} s idle after it" if self.cluster.idle_s else ""
+        return f"a phase's nodes take {self.rates.start_s:g} s to come up{idle}, and are paid for"
 
     def _refuse(self) -> None:
         groups = placement.plan(self.job, self.shape, self.rewards)
@@ -117,7 +121,7 @@ class Planner:
             for g in groups:
                 if g.operator in parts and not (phase == "evaluate" and g.operator == "engine"):
                     yield self._held(g, parts[g.operator])
-                elif g.operator.startswith(("reward", "judge")):
+                elif g.operator.startswith(("reward", "judge")) and phase != GRADING:  # the same actors as beside generation
                     context = memory.CONTEXT_GIB if g.gpus else memory.REWARD_PROCESS_GIB
                     size = max(g.gpu_gib if g.gpus else g.memory_gib, context)
                     yield self._held(g, Memory(weights=size - context, process=context))
@@ -155,8 +159,10 @@ class Planner:
                 yield self._priced(row | {"basis": "assumed"}, DRIVER_S, None)
 
     def _priced(self, row: Row, seconds: float, phase: str | None) -> Row:
-        an_hour = self.cluster.head.dollars_per_hour + (self._launched[phase].dollars_per_hour if phase else 0.0)
-        return row | {"seconds": seconds, "dollars": seconds / 3600 * an_hour}
+        """Of a phase that runs so long: its nodes are paid for until they have been idle long enough to go down."""
+        up_s = seconds + self.cluster.idle_s if seconds else 0.0
+        workers = self._launched[phase].dollars_per_hour if phase else 0.0
+        return row | {"seconds": seconds, "dollars": (seconds * self.cluster.head.dollars_per_hour + up_s * workers) / 3600}
 
     def _count(self, phase: str, operator: str) -> int:
         return sum(g.actors for g in self._groups[phase] if g.operator == operator)
@@ -165,12 +171,11 @@ class Planner:
         (group,) = (g for g in self._groups["generate and score"] if g.operator == "engine")
         return rates.decoding(self.job, self.shape, self._gpu(group), self.rates)
 
-    def _scoring(self, rows: int, *, judges: bool = False) -> tuple[float, str]:
-        """Seconds that the slowest reward takes for so many answers, or the slowest judge, and where its rate comes from."""
+    def _scoring(self, rows: int, phase: str = "generate and score") -> tuple[float, str]:
+        """Seconds that the slowest reward of a phase, or the slowest judge, takes for so many answers, and its rate's basis."""
         slowest, basis = 0.0, ""
-        phase, kind = (JUDGING, "judge") if judges else ("generate and score", "reward")
-        groups = [g for g in self._groups[phase] if g.operator.startswith(kind)]
-        for group, reward in zip(groups, self.job.judges if judges else self.job.teachers, strict=True):
+        groups = [g for g in self._groups[phase] if g.operator.startswith(("reward", "judge"))]
+        for group, reward in zip(groups, self.job.judges if phase == JUDGING else self.job.teachers, strict=True):
             found = rates.scoring(self.job, self.rewards.get(getattr(reward, "model", ""), 0), self._gpu(group), self.rates)
             seconds = rows / (found.per_s * group.actors)
             if seconds >= slowest:
@@ -178,16 +183,17 @@ class Planner:
         return slowest, basis
 
     def _evaluation(self, row: Row, engines: Rate, pool: int) -> Row:
-        """The grid is sampled and scored; then judges, if any, score it, the sampled answers, and some of PPO's rollouts."""
+        """The grid is sampled, then scored; then judges, if any, score it, the sampled answers, and some of PPO's rollouts."""
         tokens_per_s = engines.per_s * self._count("evaluate", "engine")
         row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
-        seconds = row["tokens"] / tokens_per_s + self._scoring(row["rows"])[0]
-        made = self._priced(row, seconds + self.rates.start_s, "evaluate")
+        sampled = self._priced(row, row["tokens"] / tokens_per_s + self.rates.start_s, "evaluate")
+        scored_s = self._scoring(row["rows"], GRADING)[0] + self.rates.start_s
+        made = _sum(sampled, self._priced(row, scored_s, GRADING))
         if not self.job.judges:
             return made
         reinforced = any(isinstance(o, config.PPO) for o in self.job.train.objectives)
         rows = row["rows"] + pool + (self.job.evaluate.judged_rollouts if reinforced else 0)
-        more = self._priced(row, self._scoring(rows, judges=True)[0] + self.rates.start_s, JUDGING)
+        more = self._priced(row, self._scoring(rows, JUDGING)[0] + self.rates.start_s, JUDGING)
         return _sum(made, more)
 
     def _training(self, row: Row) -> Row:

@@ -170,6 +170,16 @@ def engines(count: int, gpus: float = 8, gpu_gib: float = 0.0) -> list[Group]:
     return [Group("generate and score", "engine", count, 8, gpus, 10, "generation", gpu_gib)]
 
 
+def test_how_long_idle_nodes_stay_is_what_the_file_says_or_ray_s_own(tmp_path):
+    for name, idle_s in (("aws.yaml", 600), ("gcp.yaml", 600), ("kuberay/rayjob.yaml", 600), ("local.yaml", 0)):
+        assert read_cluster(FOLDER / name, PRICES).idle_s == idle_s
+    raw = yaml.safe_load((FOLDER / "aws.yaml").read_text())
+    del raw["idle_timeout_minutes"]
+    path = tmp_path / "silent.yaml"
+    path.write_text(yaml.safe_dump(raw))
+    assert read_cluster(path, PRICES).idle_s == 300
+
+
 def test_a_launch_stops_at_the_limits_of_the_file_and_names_them():
     cluster = read_cluster(FOLDER / "aws.yaml", PRICES)
     assert launch(cluster, engines(4)).counts == {"generation": 4}  # type: ignore[union-attr]

@@ -39,7 +39,9 @@ def test_what_each_phase_brings_up():
     assert phase(plan, "generate and score")["nodes"] == {"generation": 1, "reward": 1}
     assert phase(plan, "train")["nodes"] == {"training": 1}
     assert phase(plan, "train")["bundles"] == [{"count": 8, "bundle": {"CPU": 8.0, "GPU": 1.0, "training": 0.001}}]
-    assert [p["gpus"] for p in plan["phases"]] == [9, 8, 8]  # 4 engines of 2 GPUs and two halves of one; 8 workers; 4 engines
+    # 4 engines of 2 GPUs and two halves of one; 8 workers; 4 engines; two halves of one
+    assert [p["gpus"] for p in plan["phases"]] == [9, 8, 8, 1]
+    assert phase(plan, "evaluate: rewards")["nodes"] == {"reward": 1}
     assert phase(plan, "train")["dollars_per_hour"] == pytest.approx(2.02 + 21.96)
 
 
@@ -76,14 +78,19 @@ def test_dollars_by_hand_from_given_rates(tmp_path):
     generate, train, evaluate = (stage(plan, s) for s in ("generate", "train", "evaluate"))
     # 10,000 prompts x 8 answers x 256 tokens on 4 engines; scoring, 80,000 rows at 100/s, is shorter and runs beside
     assert generate["seconds"] == pytest.approx(80_000 * 256 / 4000 + 600) and generate["basis"] == "given"
-    assert generate["dollars"] == pytest.approx(generate["seconds"] / 3600 * (2.02 + 12.05 + 0.39))
+    # nodes are paid for until they have been idle for ten minutes, the head while it works
+    up = generate["seconds"]
+    assert generate["dollars"] == pytest.approx((up * 2.02 + (up + 600) * (12.05 + 0.39)) / 3600)
     assert stage(plan, "score") | {"rows": 80_000} == stage(plan, "score") and stage(plan, "score")["dollars"] == 0
     # 20,000 examples of 60 + 2 x 256 tokens, twice, for two objectives, on 8 workers
     assert train["tokens"] == 20_000 * 572 * 2 * 2
     assert train["seconds"] == pytest.approx(train["tokens"] / 4000 + 600)
-    assert train["dollars"] == pytest.approx(train["seconds"] / 3600 * (2.02 + 21.96))
-    # every answer of the grid is sampled, then scored
-    assert evaluate["seconds"] == pytest.approx(evaluate["tokens"] / 4000 + evaluate["rows"] / 100 + 600)
+    assert train["dollars"] == pytest.approx((train["seconds"] * 2.02 + (train["seconds"] + 600) * 21.96) / 3600)
+    # every answer of the grid is sampled by engines, then scored by rewards on nodes of their own
+    sampled, scored = evaluate["tokens"] / 4000 + 600, evaluate["rows"] / 100 + 600
+    assert evaluate["seconds"] == pytest.approx(sampled + scored)
+    paid = (sampled + scored) * 2.02 + (sampled + 600) * 12.05 + (scored + 600) * 0.39
+    assert evaluate["dollars"] == pytest.approx(paid / 3600)
     assert plan["total"]["dollars"] == pytest.approx(sum(s["dollars"] for s in plan["stages"]))
     slow = planned("score.pool.max_size=1", given=_rates(tmp_path, score_rows_per_s=1, start_s=0))
     assert stage(slow, "generate")["seconds"] == pytest.approx(80_000)  # what streams behind ends the stage
@@ -104,7 +111,8 @@ def test_ppo_is_paid_with_its_engines_and_rewards_up(tmp_path):
     trained = 100_000 + 100 * 60
     seconds = 100_000 / 4000 + trained * (1 + 2 / 3) / 4000 + 1000 / 100
     assert stage(plan, "train")["seconds"] == pytest.approx(seconds)
-    assert stage(plan, "train")["dollars"] == pytest.approx(seconds / 3600 * (2.02 + 12.05 + 0.39 + 21.96))
+    paid = seconds * 2.02 + (seconds + 600) * (12.05 + 0.39 + 21.96)
+    assert stage(plan, "train")["dollars"] == pytest.approx(paid / 3600)
     assert phase(plan, "train ppo")["nodes"] == {"generation": 1, "reward": 1, "training": 1}
 
 
@@ -195,7 +203,7 @@ def test_judges_are_paid_when_the_engines_are_gone(tmp_path):
     (pool,) = (a for a in phase(judged, "evaluate: judges")["actors"] if a["operator"] == "judge http")
     seconds = (before["rows"] + 80_000) / (100 * pool["planned"]) + 600
     assert after["seconds"] - before["seconds"] == pytest.approx(seconds)
-    assert after["dollars"] - before["dollars"] == pytest.approx(seconds / 3600 * (2.02 + 0.39))
+    assert after["dollars"] - before["dollars"] == pytest.approx((seconds * 2.02 + (seconds + 600) * 0.39) / 3600)
     assert stage(judged, "generate") == stage(plain, "generate")
 
 
