@@ -108,13 +108,13 @@ class Follower:
         return self.process.wait(timeout=timeout_s)
 
 
-def ray_job(head: Head, job: Path, verb: str, *words: str) -> subprocess.CompletedProcess[str]:
+def ray_job(head: Head, job: Path, verb: str, *words: str, timeout_s: float = 200) -> subprocess.CompletedProcess[str]:
     """`ray job VERB`, as without ctrlray on this side, from another folder than the job's."""
     where = ["--working-dir", str(job.parent / "code")] if verb == "submit" else []
     command = [BIN / "ray", "job", verb, "--address", head.address, *where, *words]
     elsewhere = job.parent / "elsewhere"
     environment = head.environment | {"RAY_AUTH_MODE": "token"}  # which Ray's own command wants to be told
-    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=timeout_s)
 
 
 def drivers(head: Head, run: Path) -> list[psutil.Process]:
@@ -127,17 +127,24 @@ def drivers(head: Head, run: Path) -> list[psutil.Process]:
     return found
 
 
+def job_of(tiny: Path, folder: Path, changes: dict[str, object]) -> Path:
+    """A job file whose reward is a module in a folder of its own, and a folder to be in that has neither."""
+    for name in ("code", "elsewhere"):
+        (folder / name).mkdir()
+    (folder / "code" / "my_rewards.py").write_text(REWARD)
+    reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
+    job = folder / "job.yaml"
+    job.write_text(yaml.safe_dump(tiny_job(tiny, folder / "run", {"rewards": [reward], **changes})))
+    return job
+
+
+# many small blocks, so that there is time between the first and the last
+SLOW = {"prompts.train": 40, "generate.batch_size": 4, "train.epochs": 1, "evaluate.methods": []}
+
+
 @pytest.mark.soak
 def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny: Path, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "my_rewards.py").write_text(REWARD)
-    reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
-    # many small blocks, so that there is time between the first and the last
-    changes = {"rewards": [reward], "prompts.train": 40, "generate.batch_size": 4, "train.epochs": 1}
-    changes |= {"evaluate.methods": []}
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(tiny_job(tiny, root, changes)))
+    root, job = tmp_path / "run", job_of(tiny, tmp_path, SLOW)
 
     first = Follower(head, job)
     first.until(r"^submitted tiny-\d{8}-\d{6}-\w{4}")
@@ -168,19 +175,34 @@ def test_a_job_is_followed_left_stopped_sent_again_and_resumed(head: Head, tiny:
 
 def test_a_job_without_ctrlray_on_this_side(head: Head, tiny: Path, tmp_path: Path) -> None:
     """`ray job submit -- ctrlray ...`: what it says, what was done before, and errors stand in `ray job logs`."""
-    for folder in ("code", "elsewhere"):
-        (tmp_path / folder).mkdir()
-    (tmp_path / "code" / "my_rewards.py").write_text(REWARD)
-    reward = {"type": "function", "target": "my_rewards:lengths", "attributes": ["brevity", "variety"]}
-    raw = tiny_job(tiny, tmp_path / "run", {"rewards": [reward]})
-    job = tmp_path / "job.yaml"
-    job.write_text(yaml.safe_dump(raw))
+    job = job_of(tiny, tmp_path, {})
     for name in ("first", "again"):
         done = ray_job(head, job, "submit", "--submission-id", name, "--", "ctrlray", "prompts", str(job))
         assert done.returncode == 0, done.stdout + done.stderr
     logs = [ray_job(head, job, "logs", name).stdout for name in ("first", "again")]
     assert re.search(r"^prompts .*\d+/\d+ rows", logs[0], re.M) and "finished before" not in logs[0], logs[0]
     assert re.search(r"^prompts .*finished before, unchanged", logs[1], re.M), logs[1]
+    raw = yaml.safe_load(job.read_text())
     job.write_text(yaml.safe_dump(raw | {"train": raw["train"] | {"epochs": "many"}}))
     assert ray_job(head, job, "submit", "--submission-id", "wrong", "--", "ctrlray", "pipeline", str(job)).returncode == 1
     assert "train.epochs" in ray_job(head, job, "logs", "wrong").stdout
+
+
+@pytest.mark.soak
+def test_a_pipeline_of_ray_s_own_command_is_stopped_and_goes_on(head: Head, tiny: Path, tmp_path: Path) -> None:
+    root, job = tmp_path / "run", job_of(tiny, tmp_path, SLOW)
+    pipeline = ("--", "ctrlray", "pipeline", str(job))
+    assert ray_job(head, job, "submit", "--no-wait", "--submission-id", "cut", *pipeline).returncode == 0
+    end = time.monotonic() + 240
+    while not list(root.glob("generate/*/responses/*.parquet")):
+        assert time.monotonic() < end, ray_job(head, job, "logs", "cut").stdout
+        time.sleep(0.2)
+    assert ray_job(head, job, "stop", "cut").returncode == 0
+    kept = {p: p.stat().st_mtime_ns for p in root.glob("generate/*/responses/*.parquet")}
+    assert kept and not list(root.glob("generate/*/result.json"))
+    done = ray_job(head, job, "submit", "--submission-id", "on", *pipeline, timeout_s=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(p.stat().st_mtime_ns == when for p, when in kept.items())
+    assert len(list(root.glob("*/*/result.json"))) == 8 and list(root.glob("report.html"))
+    logs = ray_job(head, job, "logs", "on").stdout
+    assert re.search(r"^prompts .*finished before, unchanged", logs, re.M) and re.search(r"^report ", logs, re.M), logs

@@ -18,7 +18,7 @@ from ctrlray.cli import main
 from ctrlray.config import Job, packaged_jobs, parse
 
 ROOT = Path(__file__).parent.parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+PAGES = sorted([ROOT / "README.md", ROOT / "cluster" / "README.md", *ROOT.glob("jobs/*/README.md"), *ROOT.glob("docs/**/*.md")])
 LEAST_WORDS = 2
 
 

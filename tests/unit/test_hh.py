@@ -24,7 +24,8 @@ def test_a_prompt_is_written_as_it_is_read():
     text = write_prompt(messages)
     assert text == "\n\nHuman: Hi.\n\nAssistant: Hello!\n\nWhat now?\n\nHuman: Go: on.\n\nAssistant:"
     assert parse_dialogue(f"{text} Done.") == [*messages, {"role": "assistant", "content": "Done."}]
-    assert write_prompt([{"role": "system", "content": "Be brief."}, *messages[:1]]).startswith("\n\nHuman: Be brief.\n\nHuman: Hi.")
+    system = {"role": "system", "content": "Be brief."}
+    assert write_prompt([system, messages[0]]) == "\n\nHuman: Be brief.\n\nHuman: Hi.\n\nAssistant:"
 
 
 def test_speaker_twice_is_one_message():
