@@ -33,14 +33,18 @@ def keep(command: Sequence[str], most: int, pause_s: float = _PAUSE_S) -> int:
 def _once(command: Sequence[str]) -> tuple[int, bool]:
     """Exit code of one run, and whether this process was told to end meanwhile, which is passed on."""
     asked: list[int] = []
-    child = subprocess.Popen(command)
+    child: subprocess.Popen[bytes] | None = None
 
     def pass_on(number: int, frame: FrameType | None) -> None:
         asked.append(number)
-        child.send_signal(number)
+        if child is not None:
+            child.send_signal(number)
 
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
+        child = subprocess.Popen(command)
+        for number in tuple(asked):  # what came before it was there
+            child.send_signal(number)
         return child.wait(), bool(asked)
     finally:
         for number, handler in before.items():

@@ -22,7 +22,7 @@ def chromium() -> Iterator[Any]:
         pytest.skip("needs Chromium (apt-get install chromium)")
     flags = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     with driver.sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=found, args=flags)
+        started = playwright.chromium.launch(executable_path=found, args=flags, timeout=2 * PATIENCE_MS)
         yield started
         started.close()
 

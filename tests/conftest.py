@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
+# a busy machine may take long over one example
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # for the S3 server that tests start; Ray's workers inherit them
 os.environ.setdefault("AWS_ACCESS_KEY_ID", "testing")

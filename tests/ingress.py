@@ -86,13 +86,43 @@ def run(coroutine, timeout_s=20):
     return asyncio.run(asyncio.wait_for(coroutine, timeout_s))
 
 
+class _Unhurried(asyncio.SelectorEventLoop):
+    """Its clock goes on only where it would wait for a timer."""
+
+    def __init__(self):
+        super().__init__()
+        self._now, wait = 0.0, self._selector.select
+
+        def select(timeout=None):
+            found = wait(None if timeout is None else 0)
+            if timeout and not found:
+                self._now += timeout
+            return found
+
+        self._selector.select = select
+
+    def time(self):
+        return self._now
+
+
+def unhurried(coroutine, timeout_s=20):
+    """Run what only waits for timers: a slow machine delays nothing in it. Not for sockets or threads."""
+    with asyncio.Runner(loop_factory=_Unhurried) as runner:
+        return runner.run(asyncio.wait_for(coroutine, timeout_s))
+
+
+async def until(happens):
+    while not happens():
+        await asyncio.sleep(0.01)
+
+
 async def send_body(app, messages, headers=(), path=CHAT, key="ck-web"):
-    """Drive the application by hand; messages are (delay in s, ASGI message). Returns what it sent."""
+    """Drive the application by hand; messages are (delay in s, or an event, and ASGI message). Returns what it sent."""
     sent, waiting = [], deque(messages)
 
     async def receive():
         delay, message = waiting[0] if waiting else (60, None)
-        await asyncio.sleep(delay)
+        await (delay.wait() if isinstance(delay, asyncio.Event) else asyncio.sleep(delay))
         if waiting:
             waiting.popleft()
         return message

@@ -51,7 +51,8 @@ def test_what_the_client_measures():
             return await serve.ask(session, str(server.make_url("")).rstrip("/"), "key", "ctrlray", "Hi", 9)
 
     timed = asyncio.run(scenario())
-    assert 0.1 <= timed.first_s < 0.3 <= max(timed.gaps_s) < timed.end_s and timed.tokens == 9
+    (gap_s,) = timed.gaps_s  # of the two contents alone; a client that is late at one is so much nearer to the next
+    assert timed.first_s >= 0.1 and 0.4 - 1e-6 <= timed.first_s + gap_s <= timed.end_s + 1e-6 and timed.tokens == 9
 
 
 def test_ratios_have_their_targets():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,7 +18,7 @@ from ctrlray.tables import Storage
 def now(monkeypatch):
     """A clock that tests set."""
     at = [100.0]
-    monkeypatch.setattr(time, "monotonic", lambda: at[0])
+    monkeypatch.setattr(clock, "time", SimpleNamespace(monotonic=lambda: at[0]))
     return at
 
 

@@ -209,10 +209,10 @@ def test_an_engine_that_did_not_get_what_was_sent_stops_the_run(cluster, out):
 def test_an_engine_that_does_not_get_them_in_time_stops_the_run(cluster, out, monkeypatch):
     learner = Learner(out)
     with pool() as engines:
-        made, _ = driver(out, cluster, engines, learner.run, timeout_s=0.3)
+        made, _ = driver(out, cluster, engines, learner.run, timeout_s=2.0)
         monkeypatch.setattr(cluster, "wait", lambda refs, timeout, num_returns: ([], refs))
         monkeypatch.setattr(drive, "waits_for", lambda out, settings: "its workers")
-        said = r"nothing finished for 0\.3 s; it waits for p: engine 0, 1 to take 0\.00 GB of weights, version 1, from"
+        said = r"nothing finished for 2 s; it waits for p: engine 0, 1 to take 0\.00 GB of weights, version 1, from"
         with pytest.raises(ClusterError, match=said):
             made.run()
     learner.over.set()

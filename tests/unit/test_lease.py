@@ -67,7 +67,7 @@ def test_who_lost_the_lease_stops(storage, monkeypatch):
     with Lease(storage) as mine:
         mine.check()
         first = storage.read_json(lease.FILE)
-        assert eventually(lambda: storage.read_json(lease.FILE)["renewed"] > first["renewed"])
+        assert eventually(lambda: storage.read_json(lease.FILE)["renewed"] != first["renewed"])
 
         def noticed():
             storage.write_json(first | {"id": "x", "host": "elsewhere"}, lease.FILE)  # again if a renewal was on its way
@@ -114,7 +114,7 @@ def test_renewal_outlives_a_full_disk(storage, monkeypatch):
     with Lease(storage):
         before = storage.read_json(lease.FILE)["renewed"]
         monkeypatch.setattr(Storage, "write_json", full_at_first)
-        assert eventually(lambda: len(refused) == 2 and storage.read_json(lease.FILE)["renewed"] > before)
+        assert eventually(lambda: len(refused) == 2 and storage.read_json(lease.FILE)["renewed"] != before)
 
 
 @pytest.mark.parametrize("content", [b"", b"null", b'{"pid": 1}'])
@@ -170,7 +170,7 @@ def test_of_two_that_come_at_once_one_gets_it(storage, monkeypatch, local):
             both.wait(0.5)
 
     monkeypatch.setattr(lease, "require_free", slowly)
-    monkeypatch.setattr(lease, "SETTLE_S", 0.3)
+    monkeypatch.setattr(lease, "SETTLE_S", 1.0)
     if not local:  # as an object store: no lock
         monkeypatch.setattr(Storage, "is_local", False)
     got = entered_together(storage)

@@ -1,6 +1,7 @@
 """Waiting with an end."""
 
 import sys
+import threading
 import time
 
 import pytest
@@ -30,16 +31,25 @@ def test_items_pass_in_order_and_errors_too():
 
 
 def test_a_stall_names_the_stage_the_time_and_what_it_waits_for():
-    patience, seen = Patience("generate", 0.3, lambda: "32 rows in flight"), []
-    with pytest.raises(ClusterError, match=r"generate: nothing finished for 0.3 s; it waits for 32 rows.*stall_timeout_s"):
-        for item in patience.each(slow(0, 0.1, 0.1, 30)):
+    patience, seen, over = Patience("generate", 1.0, lambda: "32 rows in flight"), [], threading.Event()
+
+    def items():
+        yield from slow(0, 0.4, 0.4, 0.4)
+        over.wait(30)
+        yield 4
+
+    with pytest.raises(ClusterError, match=r"generate: nothing finished for 1 s; it waits for 32 rows.*stall_timeout_s"):
+        for item in patience.each(items()):
             seen.append(item)
-    assert seen == [0, 1, 2]  # the clock starts anew with each item
+    over.set()
+    assert seen == [0, 1, 2, 3]  # the clock starts anew with each item
 
 
 def test_background_hands_on_what_went_wrong():
     assert Background(lambda: None).over(5)
-    assert not Background(lambda: time.sleep(5)).over(0.05)
+    over = threading.Event()
+    assert not Background(lambda: over.wait(5)).over(0.05)
+    over.set()
 
     def broken():
         raise ZeroDivisionError

@@ -389,12 +389,14 @@ def test_a_finished_stage_is_not_run_again(tmp_path, monkeypatch):
 
 def test_a_run_whose_root_was_taken_over_stops_before_its_next_stage(tmp_path, monkeypatch):
     monkeypatch.setattr(lease, "RENEW_S", 0.02)
+    held, enter = [], lease.Lease.__enter__
+    monkeypatch.setattr(lease.Lease, "__enter__", lambda self: held.append(self) or enter(self))
 
     def taken(run, progress):
         theirs = {"id": "x", "machine": "m", "host": "elsewhere", "pid": 7, "renewed": time.time()}
-        while not run.storage.exists(lease.FILE) or run.storage.read_json(lease.FILE)["id"] != "x":
+        while held[0]._lost is None:
             run.storage.write_json(theirs, lease.FILE)  # again if a renewal was on its way
-            time.sleep(0.3)
+            time.sleep(0.1)
         return StageResult(1, 1)
 
     monkeypatch.setitem(pipeline._RUNNERS, "prompts", taken)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -55,12 +54,15 @@ class Producer:
         return 10
 
 
-def learner(out, steps, first=0, pause_s=0.0):
-    """Fake: waits for the rollouts of each step, then publishes weights and notes the step."""
+def learner(out, steps, first=0, pause_s=0.0, ahead=0):
+    """Fake: waits for the rollouts of each step, 2 s for those of as many `ahead`, then publishes weights and notes the step."""
 
     def run():
         for step in range(first, steps):
             while not out.exists(ROLLOUTS, f"{part(step)}.parquet"):
+                time.sleep(0.005)
+            end = time.monotonic() + 2
+            while time.monotonic() < end and not out.exists(ROLLOUTS, f"{part(min(step + ahead, steps - 1))}.parquet"):
                 time.sleep(0.005)
             time.sleep(pause_s)
             publish(out, step + 1)
@@ -84,7 +86,7 @@ def test_rollouts_of_a_step_come_from_the_weights_behind_the_step_before(tmp_pat
 
 
 def test_with_staleness_a_step_is_sampled_while_the_one_before_trains(tmp_path):
-    made, producer = driver(tmp_path, lambda out: learner(out, 4, pause_s=0.15), max_staleness=1)
+    made, producer = driver(tmp_path, lambda out: learner(out, 4, ahead=1), max_staleness=1)
     made.run()
     assert [step for step, _ in producer.made] == [0, 1, 2, 3]
     assert producer.made[1][1] == 0  # nobody waited for version 1
@@ -121,8 +123,7 @@ def test_a_learner_that_ends_early_is_an_error(tmp_path):
 
 
 def test_a_learner_that_stands_still_is_given_up(tmp_path, monkeypatch):
-    free = SimpleNamespace(available_resources=lambda: {"CPU": 0.5})
-    monkeypatch.setitem(sys.modules, "ray", free)
+    monkeypatch.setattr("ray.available_resources", lambda: {"CPU": 0.5})
     over = threading.Event()
     made, _ = driver(tmp_path, lambda out: over.wait, timeout_s=0.2)
     with pytest.raises(ClusterError, match=r"nothing finished for 0\.2 s; it waits for version 1 of .* 1 workers .*0\.5 CPUs"):
@@ -135,5 +136,5 @@ def test_each_step_gives_a_waiting_driver_its_time_anew(tmp_path):
     out = Storage(str(tmp_path))
     for step in range(4):
         out.write_bytes(b"", ROLLOUTS, f"{part(step)}.parquet")
-    made, _ = driver(tmp_path, lambda out: learner(out, 4, pause_s=0.3), timeout_s=0.6)
+    made, _ = driver(tmp_path, lambda out: learner(out, 4, pause_s=0.5), timeout_s=1.5)
     made.run()

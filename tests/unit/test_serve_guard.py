@@ -10,7 +10,7 @@ import pytest
 
 from ctrlray.serve.policy import Key, Policy, hashed
 from ctrlray.serve.refusal import Refusal
-from tests.ingress import CHAT, World, ask, body_part, run, send_body
+from tests.ingress import CHAT, World, ask, body_part, run, send_body, until
 
 PADDED = json.dumps(ask()).encode() + b" " * 60_000
 """A request that holds much and says little."""
@@ -80,10 +80,12 @@ def test_the_bodies_of_one_key_are_bounded_together():
 def test_uploads_that_go_on_count_as_far_as_they_are_here():
     async def scenario():
         world = World(max_held_bytes=100_000)
-        slow = [(0, body_part(b" " * 60_000, True)), (0.5, {"type": "http.disconnect"})]
+        leaves = asyncio.Event()
+        slow = [(0, body_part(b" " * 60_000, True)), (leaves, {"type": "http.disconnect"})]
         first = asyncio.ensure_future(send_body(world.app, slow))
-        await asyncio.sleep(0.1)
+        await until(lambda: world.app._held)
         second = await send_body(world.app, [(0, body_part(PADDED))])
+        leaves.set()
         await first
         return second, await send_body(world.app, [(0, body_part(PADDED))])
 

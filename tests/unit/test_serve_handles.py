@@ -24,6 +24,7 @@ from ctrlray.serve.policy import Key, hashed
 from ctrlray.serve.refusal import Refusal
 from ctrlray.serve.rewards import RewardJudge
 from ctrlray.serve.stream import coalesce, pause_s
+from tests.ingress import unhurried
 
 KEY = Key(name="web", hash=hashed("x"))
 ASKED = Asked("t", KEY, "m", 5)
@@ -481,7 +482,7 @@ def test_what_comes_fast_travels_together_and_the_first_does_not_wait():
             times.append(asyncio.get_running_loop().time() - begun)
         return batches, times
 
-    batches, times = asyncio.run(scenario())
+    batches, times = unhurried(scenario())
     assert batches == [[1], [2, 3], [4]] and times[0] < 0.1 <= times[1]
 
 
@@ -493,7 +494,7 @@ def test_each_comes_at_once_until_there_is_something_to_see():
             seen.append((batch, asyncio.get_running_loop().time() - begun))
         return seen
 
-    (first, _), (second, _), (third, third_s), (rest, rest_s) = asyncio.run(scenario())
+    (first, _), (second, _), (third, third_s), (rest, rest_s) = unhurried(scenario())
     assert (first, second, third, rest) == ([""], [""], ["a"], ["b", "c"]) and third_s < 0.15 and third_s < rest_s
     assert asyncio.run(all_of(coalesce(paced((0, ""), (0, "")), lambda: 0.2, bool))) == [[""], [""]]
 

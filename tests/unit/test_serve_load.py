@@ -12,7 +12,7 @@ from ctrlray.serve.api import ChatRequest
 from ctrlray.serve.policy import Bounds
 from ctrlray.serve.refusal import Refusal
 from tests.fakes import FakeEngine, FakeJudge
-from tests.ingress import CHAT, World, ask, body_part, events, run, send_body
+from tests.ingress import CHAT, World, ask, body_part, events, run, send_body, until
 
 
 class GoneJudge:
@@ -224,7 +224,7 @@ def test_task_that_is_cancelled_settles():
         world.engine.hangs = asyncio.Event()
         body = json.dumps(ask()).encode()
         task = asyncio.ensure_future(send_body(world.app, [(0, body_part(body, False))]))
-        await asyncio.sleep(0.2)
+        await until(lambda: world.engine.orders)
         assert world.in_flight == 1
         task.cancel()
         await asyncio.wait({task})
@@ -256,13 +256,13 @@ def test_an_answer_that_is_being_read_is_closed_and_settled():
 class FarDesk:
     """A desk in another process: what it was asked for, it does, whoever still waits for the answer."""
 
-    def __init__(self, desk, delay_s):
-        self.desk, self.delay_s, self.asked = desk, delay_s, []
+    def __init__(self, desk):
+        self.desk, self.decides, self.asked = desk, asyncio.Event(), []
         self.settle, self.withdraw, self.refused, self.metrics = desk.settle, desk.withdraw, desk.refused, desk.metrics
 
     async def admit(self, asked):
         async def later():
-            await asyncio.sleep(self.delay_s)
+            await self.decides.wait()
             return await self.desk.admit(asked)
 
         self.asked.append(asyncio.ensure_future(later()))
@@ -275,18 +275,21 @@ SCORED = {"model": "tiny", "messages": ask()["messages"], "answer": "2x"}
 @pytest.mark.parametrize(
     "path, body", [(CHAT, ask()), ("/v1/completions", {"model": "tiny", "prompt": "x"}), ("/v1/control/scores", SCORED)]
 )
-@pytest.mark.parametrize("after_s", [0.05, 0.1])
+@pytest.mark.parametrize("decided", [False, True])
 @pytest.mark.parametrize("room", [9, 0])
-def test_a_caller_who_leaves_while_the_desk_decides_frees_the_place(path, body, after_s, room):
+def test_a_caller_who_leaves_while_the_desk_decides_frees_the_place(path, body, decided, room):
     async def scenario():
         world = World(judge=FakeJudge(), completions=True, room=room)
-        world.front.desk = FarDesk(world.desk, 0.1)
+        world.front.desk = FarDesk(world.desk)
         task = asyncio.ensure_future(send_body(world.app, [(0, body_part(json.dumps(body).encode()))], path=path))
-        await asyncio.sleep(after_s)
+        await until(lambda: world.front.desk.asked)
+        if decided:
+            world.front.desk.decides.set()  # the answer is on its way as the caller leaves
         task.cancel()
         await asyncio.wait({task})
+        world.front.desk.decides.set()
         await asyncio.gather(*world.front.desk.asked)
-        await asyncio.sleep(0.05)
+        await until(lambda: not world.in_flight)
         return world
 
     world = run(scenario())
@@ -299,9 +302,6 @@ def client(world, key="ck-web"):
     return httpx.AsyncClient(transport=httpx.ASGITransport(app=world.app), base_url="http://x", headers=headers)
 
 
-async def until(happens):
-    while not happens():
-        await asyncio.sleep(0.01)
 
 
 class OpenEngine(FakeEngine):

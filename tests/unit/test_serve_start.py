@@ -22,6 +22,7 @@ from ctrlray.serve.command import settings_of
 from ctrlray.serve.policy import hashed
 from ctrlray.serve.settings import ServeSettings
 from tests.fakes import tiny_tokenizer
+from tests.ingress import unhurried
 
 CARD = {
     "method": "exmate",
@@ -213,6 +214,7 @@ def test_an_exported_folder_of_object_storage_is_fetched_once(tmp_path, monkeypa
     folder = entry.local()
     assert (folder / "model.safetensors").read_bytes() == b"weights" and folder != there
     (there / "model.safetensors").write_bytes(b"others!")  # other files have another folder
+    os.utime(there / "model.safetensors", (1, 1))
     assert entry.local() == folder and (folder / "model.safetensors").read_bytes() == b"weights"
     assert resolve({"model": there.as_uri()}).entries[0].folder != entry.folder
     assert [p.name for p in folder.parent.iterdir()] == [folder.name]
@@ -298,16 +300,16 @@ TRICKLE = [bytes([c]) for c in HEAD[:7]]
 
 @pytest.mark.parametrize("pieces", [[b""] * 8, TRICKLE, [HEAD + b"abc", *TRICKLE]])
 def test_headers_that_take_too_long_end_the_connection(monkeypatch, pieces):
-    closed = asyncio.run(connection(monkeypatch, pieces))
+    closed = unhurried(connection(monkeypatch, pieces))
     assert closed is not None and closed >= 0.2
 
 
 def test_headers_in_time_and_slow_bodies_are_none_of_its_business(monkeypatch):
-    assert asyncio.run(connection(monkeypatch, [HEAD[:9], HEAD[9:], *[b""] * 8])) is None
+    assert unhurried(connection(monkeypatch, [HEAD[:9], HEAD[9:], *[b""] * 8])) is None
 
 
 def test_endless_headers_end_the_connection(monkeypatch):
-    closed = asyncio.run(connection(monkeypatch, [b"GET / HTTP/1.1\r\n", *[b"X: " + b"x" * 9000 + b"\r\n"] * 9], 0.0, 60.0))
+    closed = unhurried(connection(monkeypatch, [b"GET / HTTP/1.1\r\n", *[b"X: " + b"x" * 9000 + b"\r\n"] * 9], 0.0, 60.0))
     assert closed is not None
 
 

@@ -28,18 +28,26 @@ class Watcher:
 
 @pytest.fixture
 def watch(tmp_path, monkeypatch):
-    """Runs `moments`, each a step and the recent ones to be noted at it, a poll or more apart; then ends."""
+    """Runs `moments`, each a step and the recent ones to be noted at it, as each is seen or `pause_s` apart; then ends."""
     monkeypatch.setattr(train, "_POLL_S", 0.02)
     place, watcher = Storage(str(tmp_path)), Watcher()
 
-    def run(*moments, timeout_s=0.5, pause_s=0.1):
+    def run(*moments, timeout_s=30.0, pause_s=None):
+        made = train.Watch("clm", place, watcher)
+
         def fit():
             for at, recent in moments:
                 points = [{"step": s, "loss": float(s)} for s in recent]
                 place.write_json({"step": at, "steps": 9, "recent": points}, "progress.json")
-                time.sleep(pause_s if (at, recent) != moments[-1] else 0)
+                if (at, recent) != moments[-1]:
+                    wait(at)
 
-        train.watched(fit, train.Watch("clm", place, watcher), Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
+        def wait(at):
+            end = time.monotonic() + (20 if pause_s is None else pause_s)
+            while time.monotonic() < end and (pause_s is not None or made.seen != at):
+                time.sleep(0.005)
+
+        train.watched(fit, made, Patience("train", timeout_s, lambda: f"step {watcher.done + 1}"))
         return watcher
 
     return run
@@ -63,7 +71,7 @@ def test_training_that_ended_is_no_stall_for_being_looked_at_late(tmp_path, monk
 
 
 def test_the_clock_starts_anew_with_each_step(watch):
-    watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=0.6, pause_s=0.35)
+    watch((1, [1]), (2, [2]), (3, [3]), (4, [4]), timeout_s=1.5, pause_s=0.6)
     with pytest.raises(ClusterError, match=r"train: nothing finished for 0\.2 s; it waits for step"):
         watch((5, [5]), (6, [6]), timeout_s=0.2, pause_s=0.6)
 
