@@ -258,7 +258,7 @@ def test_a_caller_who_leaves_frees_the_engine(admin):
         next(answer.iter_lines())
     begun = time.monotonic()
     assert admin.post(CHAT, json=ask(max_tokens=1)).status_code == 200
-    assert time.monotonic() - begun < 1900 * per_token / 3
+    assert time.monotonic() - begun < 1900 * per_token * 0.7
     assert metric(admin, 'ctrlray_requests_total{key="admin",model="tiny",status="499"}') == left + 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import re
 import shutil
 import signal
@@ -37,14 +38,6 @@ class Head(NamedTuple):
     environment: dict[str, str]
 
 
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for s in sockets:
-            s.bind(("127.0.0.1", 0))
-        return [s.getsockname()[1] for s in sockets]
-
-
 def await_port(port: int, started: subprocess.Popen[bytes], log: Path) -> None:
     """Until the job server answers."""
     end = time.monotonic() + 240
@@ -65,13 +58,14 @@ def head(private_cache: Path) -> Iterator[Head]:
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
     }
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=environment, check=True, capture_output=True)
-    gcs, board, client, agent = free_ports(4)
+    gcs, board, client, agent = random.sample(range(20_000, 32_000), 4)  # as `free_port` picks them, each another
     command = [BIN / "ray", "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={board}", "--num-cpus=2"]
     command += [f"--ray-client-server-port={client}", f"--dashboard-agent-listen-port={agent}", f"--temp-dir={home}/ray"]
     with (home / "log").open("wb") as log:
         started = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
-        await_port(board, started, home / "log")
+        for port in (board, agent):  # a job is refused for want of its agent after 10 s
+            await_port(port, started, home / "log")
         yield Head(f"http://127.0.0.1:{board}", environment)
     finally:
         mine = [psutil.Process(started.pid), *psutil.Process(started.pid).children(recursive=True)]

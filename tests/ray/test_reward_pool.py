@@ -32,6 +32,18 @@ def pids(rewards):
     return ray.get([a.__ray_call__.remote(lambda self: __import__("os").getpid()) for a in actors])
 
 
+def gone(name):
+    """Whether an actor ends soon: to kill one is a message."""
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        try:
+            ray.get_actor(name)
+        except ValueError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
 def test_scores_keep_their_order_and_the_actors_their_processes():
     texts = ["a" * (i * 7 % 23) for i in range(40)]
     with pool("order", function("length_reward", "brevity", "variety"), function("deadly_reward", "length"), size=2) as rewards:
@@ -41,13 +53,10 @@ def test_scores_keep_their_order_and_the_actors_their_processes():
         assert columns["brevity"].tolist() == [-float(len(t)) for t in texts]
         assert columns["variety"].tolist() == [float(len(set(t))) for t in texts]
         assert columns["length"].dtype == np.float32 and columns["length"].tolist() == [float(len(t)) for t in texts]
-        began = time.monotonic()
         assert rewards.score(*ask(["again"]), batch_size=8)[0]["length"].tolist() == [5.0]
-        assert time.monotonic() - began < 2  # nothing is started anew
-        assert pids(rewards) == before and len(set(before)) == 4
+        assert pids(rewards) == before and len(set(before)) == 4  # nothing is started anew
         assert rewards.score([], [], batch_size=8)[0]["length"].shape == (0,)
-    with pytest.raises(ValueError, match="order-0-0-0"):
-        ray.get_actor("order-0-0-0")
+    assert gone("order-0-0-0")
 
 
 def test_a_row_fails_alone_and_is_not_given_to_the_next_reward():
@@ -85,18 +94,6 @@ def test_scores_of_the_wrong_length_say_so_by_row():
         assert columns["length"][1:].tolist() == [1.0, 3.0]
 
 
-def gone(name):
-    """Whether an actor ends soon: to kill one is a message."""
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        try:
-            ray.get_actor(name)
-        except ValueError:
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_what_is_no_row_s_fault_reaches_the_caller_as_it_is():
     refused = pool("refused", function("length_reward", "brevity"), function("absent", "x"))
     with pytest.raises(ConfigError, match=r"tests\.fakes:absent.*has no attribute .absent") as caught:
@@ -112,11 +109,13 @@ def test_what_is_no_row_s_fault_reaches_the_caller_as_it_is():
 @pytest.mark.slow
 def test_a_reward_that_never_answers_and_one_that_finds_no_room():
     said = (
-        "stuck-0: no reward actor finished a batch within 8 s; 2 answers are in flight on 1 reward actors. "
+        "stuck-0: no reward actor finished a batch within 3 s; 2 answers are in flight on 1 reward actors. "
         r"Raise cluster\.stall_timeout_s or lower score\.batch_size"
     )
-    with pool("stuck", function("stuck_reward", "x"), timeout_s=8) as rewards, pytest.raises(ClusterError, match=said):
-        rewards.score(*ask(["a", "stuck"]), batch_size=2)
+    with pool("stuck", function("stuck_reward", "x")) as rewards:
+        rewards._pools[0]._timeout_s = 3  # the start may take its time
+        with pytest.raises(ClusterError, match=said):
+            rewards.score(*ask(["a", "stuck"]), batch_size=2)
     big = RewardPool([function("length_reward", "brevity")], config.Pool(cpus=64), "big", 3)
     with pytest.raises(ClusterError, match="big-0: 1 of 1 reward actors did not start within 3 s; each reserves 64 CPUs"):
         big.__enter__()

@@ -15,7 +15,6 @@ from ctrlray.rewards.heads import Heads
 from ctrlray.rewards.job import Fit, LabelFiles, LinearHeads, RewardTrainJob
 from ctrlray.rewards.train import read_pool, train_heads
 
-ray = pytest.importorskip("ray", reason="needs ray")
 GOOD, BAD = ["yes", "sure", "gladly", "of course"], ["no", "never", "why", "go away"]
 TEMPLATE = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}{% endfor %}"
@@ -44,13 +43,6 @@ def model(tmp_path_factory):
     LlamaForCausalLM(LlamaConfig(vocab_size=len(vocab), eos_token_id=1, pad_token_id=1, **settings)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False, ignore_reinit_error=True)
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

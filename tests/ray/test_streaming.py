@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -41,6 +42,19 @@ class FakeEngine:
         return "Sorry."
 
 
+class PatientEngine(FakeEngine):
+    """Gives the fifth batch when there is a score in the folder that it has for a model, or after a minute."""
+
+    asked = 0
+
+    def generate(self, prompts, sampling, max_tokens):
+        self.asked += 1
+        end = time.monotonic() + 60
+        while self.asked == 5 and not any(Path(self.spec.model).glob("*.parquet")) and time.monotonic() < end:
+            time.sleep(0.05)
+        return super().generate(prompts, sampling, max_tokens)
+
+
 class FakeSpec(EngineSpec):
     """A recipe of fake engines."""
 
@@ -49,6 +63,11 @@ class FakeSpec(EngineSpec):
 
     def build(self):
         return FakeEngine(self)
+
+
+class PatientSpec(FakeSpec):
+    def build(self):
+        return PatientEngine(self)
 
 
 class MortalEngine(FakeEngine):
@@ -131,7 +150,12 @@ def test_scores_stream_behind_generation(local_ray, prompts, base, tmp_path):
     """The first score is on storage before half of the answers are."""
     made, gen, sc = job(), Storage(str(tmp_path / "g")), Storage(str(tmp_path / "s"))
     chats = {p["prompt_id"]: p["messages"] for p in prompts.to_pylist()}
-    result = sample(made, prompts, base, gen, lambda ds: score.score_stream(ds, made, made.teachers, chats, sc))
+    scores = str(tmp_path / "s" / "scores")
+
+    def behind(stream):
+        return score.score_stream(stream, made, made.teachers, chats, sc)
+
+    result = sample(made, prompts, base, gen, behind, kind=lambda folder, *rest: PatientSpec(scores, *rest))
     assert result.rows_out == 64
     answered = sorted(p.stat().st_mtime for p in (tmp_path / "g" / "responses").glob("*.parquet"))
     scored = sorted(p.stat().st_mtime for p in (tmp_path / "s" / "scores").glob("*.parquet"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
@@ -57,7 +58,9 @@ def scraped(wanted: set[str]) -> dict[str, list[tuple[dict[str, str], float]]]:
     url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
     end = time.monotonic() + 90
     while True:
-        text = urllib.request.urlopen(url, timeout=20).read().decode()
+        text = ""
+        with contextlib.suppress(OSError):  # one look of many
+            text = urllib.request.urlopen(url, timeout=20).read().decode()
         lines = re.findall(r"^(ray_ctrlray_\w+){(.*)} (\S+)$", text, re.M)
         found: dict[str, list[tuple[dict[str, str], float]]] = {}
         for name, labels, value in (line for line in lines if 'run="r7"' in line[1]):
