@@ -2,8 +2,9 @@
 
 The quickstart with 200 prompts and 4 answers to each, as one process from its start to its exit, into an empty run root; the
 embedded model and its control rows are prepared before. Useful is what the bare compute would take too: sampling, from the
-moment an engine is up; scoring, from the first block of scores; optimizer steps and the likelihoods of held-out examples. All
-else counts as outside: imports, start of Ray, of engines, reward actors and training workers, merging, export, report, exit.
+moment an engine is up; scoring, from the first block of scores; optimizer steps; the likelihoods of held-out examples and those
+of the grid's answers under the base. All else counts as outside: imports, start of Ray, of engines, reward actors and training
+workers, merging, export, report, exit.
 
 Times of engines and blocks are those of the files that the run itself writes; the rest comes from the notes of its progress.
 
@@ -26,8 +27,10 @@ from typing import Any
 
 from benchmarks.common import figure, middle, store
 from ctrlray import config, models, pipeline
+from ctrlray.clock import TOOK
 from ctrlray.control import ControlSpace
 from ctrlray.ledger import Silent
+from ctrlray.stages.questions import DRIFT, ENGINES
 
 ROOT = Path(__file__).parent.parent
 PROMPTS, SAMPLES, MOST_OUTSIDE = 200, 4, 0.10
@@ -38,6 +41,7 @@ USEFUL = (
     "optimizer steps",
     "held-out likelihoods",
     "sampling of the grid",
+    "likelihoods under the base",
     "scoring of the grid",
 )
 Seconds = dict[str, float]
@@ -117,14 +121,18 @@ def of_training(folder: Path, notes: Notes) -> Seconds:
 
 
 def of_evaluation(folder: Path, notes: Notes) -> Seconds:
-    """The grid: engine up, last answers, first and last scores, statistics."""
+    """The grid: engine up, last answers, their likelihoods, first and last scores, statistics."""
     (up,) = (p.stat().st_mtime for p in (folder / "starts").iterdir())
-    answered, blocks = ends(folder, of="answers")[-1], ends(folder, of="scores")
-    scoring = max(first_block(blocks), answered)
+    took = {p.stem: json.loads(p.read_text())["seconds"] for p in (folder / TOOK).glob("*.json") if p.stem != ENGINES}
+    compared, blocks = ends(folder, of=DRIFT)[-1], ends(folder, of="scores")
+    likelihoods = took.pop(DRIFT)
+    sampling, scoring = sum(took.values()), max(first_block(blocks), compared)
     return {
         "start of the grid's engine": up - notes.began,
-        "sampling of the grid": answered - up,
-        "start of the grid's reward actors": scoring - answered,
+        "sampling of the grid": sampling,
+        "likelihoods under the base": likelihoods,
+        "merging and loading of weights": compared - up - sampling - likelihoods,
+        "start of the grid's reward actors": scoring - compared,
         "scoring of the grid": blocks[-1] - scoring,
         "statistics of the grid": (folder / "result.json").stat().st_mtime - blocks[-1],
     }

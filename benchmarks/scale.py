@@ -1,11 +1,11 @@
 """Scale by simulation: what Ray Data, actors, tables and the driver cost around engines that only sleep.
 
 Generation with scoring behind it, through the stage's own code, on one machine. The engines are simulated: each sleeps for a
-batch as long as one with the rate measured in `results/generation.json` needs, ten seconds for 96 answers of 25 tokens, which is
-also what an engine of a 7B model on a GPU takes for answers of 256 tokens at 2,500 tokens/s. Efficiency is the share of the
-time, from when all engines are up to when the first runs out of work, in which engines work: rows/s over what as many single
-engines give that never wait. In the memory runs two engines take a quarter of a second for 512 answers of a thousand characters,
-which one scorer keeps up with. Prompts are a few words each, and their tokens are bytes.
+batch as long as one with the rate measured in `results/generation.json` needs for 96 answers of 25 tokens, which the notes name;
+an engine of a 7B model on a GPU takes ten seconds for as many answers of 256 tokens at 2,500 tokens/s. Efficiency is the share
+of the time, from when all engines are up to when the first runs out of work, in which engines work: rows/s over what as many
+single engines give that never wait. In the memory runs two engines take a quarter of a second for 512 answers of a thousand
+characters, which one scorer keeps up with. Prompts are a few words each, and their tokens are bytes.
 
     python -m benchmarks.scale [--engines 1 8 32 64] [--prompts 10000 100000 1000000] [--keep FILE]
 
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from benchmarks.common import RESULTS, figure, store
+from benchmarks.common import RESULTS, cpu, figure, store
 from benchmarks.simulation import BUSY, Bytes, Simulation
 from ctrlray import config, schema
 from ctrlray.ledger import Silent
@@ -204,8 +204,9 @@ class Runs:
     """Runs, each in a process of its own with a Ray of its own; finished ones are kept in a file, where one is given."""
 
     def __init__(self, kept: Path | None) -> None:
-        self._kept, self.others = None if commit().endswith("+") else kept, 0.0  # of a tree that is not committed: not told apart
-        self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if self._kept and self._kept.is_file() else {}
+        self._kept, self.others = kept, 0.0
+        self._at = f"{commit()} on {cpu()}"  # asked once: a commit in the midst of it makes no other run
+        self._found: dict[str, dict[str, Any]] = json.loads(kept.read_text()) if kept and kept.is_file() else {}
 
     def run(
         self,
@@ -218,7 +219,7 @@ class Runs:
     ) -> dict[str, Any]:
         """One run, or what it gave before."""
         asked = [engines, batch, answer_bytes, reward, rate]
-        key = f"{prompts} prompts: {asked} at {commit()}"
+        key = f"{prompts} prompts: {asked} at {self._at}"
         if key not in self._found:
             self._found[key] = _run(prompts, asked)
             if self._kept:
@@ -323,7 +324,7 @@ def ceiling(runs: Runs) -> tuple[dict[str, Any], float]:
 def limits(runs: Mapping[int, Mapping[str, Any]], shares: Mapping[int, float], rate: float, per_actor: float) -> list[str]:
     """What breaks first and at what size, for a thousand engines."""
     block_s = BATCH * TOKENS / rate
-    needs, blocks = LARGE / block_s, grown(runs, "blocks")
+    needs, blocks = LARGE / block_s, max(grown(runs, "blocks"), 1.0)
     scorers, writing = math.ceil(needs / per_actor), writers(LARGE)
     kib = max(grown(runs, "rss_mib"), 0.0) * 1024 / blocks
     place = max(grown(runs, "store_mib"), 0.0) * MIB / blocks
@@ -341,8 +342,8 @@ def limits(runs: Mapping[int, Mapping[str, Any]], shares: Mapping[int, float], r
         f"{needs * BATCH:,.0f} rows/s.",
         *(f"{'Then' if i else 'First'}, at {engines:,} engines, {what}" for i, (engines, what) in enumerate(breaks)),
         f"Driver memory: {kib:.1f} KiB per block beside a base of {runs[min(runs)]['rss_mib']:.0f} MiB: 100 million answers take "
-        f"{1e8 / FAST_BATCH * kib / 2**20:.1f} GiB in blocks of {FAST_BATCH}, {1e8 / BATCH * kib / 2**20:.1f} GiB in blocks of "
-        f"{BATCH}.",
+        f"{1e8 / FAST_BATCH * kib / 2**20:.1f} GiB in blocks of {FAST_BATCH}, at most {1e8 / BATCH * kib / 2**20:.1f} GiB in "
+        f"blocks of {BATCH}.",
         f"Object store: {place:.0f} bytes per block for its place among the prompts; at most two batches wait at each engine, as "
         f"file names. A block of {BATCH} answers of 256 tokens is about {block_mib:.1f} MiB, one for each of {LARGE:,} engines "
         f"{block_mib * LARGE / 1024:.1f} GiB over all nodes; a slow scorer fills it no further than Ray Data's budget.",
@@ -382,6 +383,10 @@ def main() -> None:
         return
     if len(set(options.prompts)) < 2:
         parser.error("--prompts: give two sizes at least, growth is what is measured")
+    if options.keep and (commit() or "+").endswith("+"):
+        parser.error("--keep: commit first; runs of a tree that differs from its commit cannot be told apart")
+    if options.keep:
+        options.keep.parent.mkdir(parents=True, exist_ok=True)
     rate = measured_rate()
     runs = Runs(options.keep)
     figures, shares = throughput(runs, options.engines, rate)
@@ -391,7 +396,7 @@ def main() -> None:
     others = f"Before a run began, other work took {runs.others:.0f}% of the processor at most."
     notes = [*limits(by_size, shares, rate, per_actor), others]
     print(*notes, sep="\n")
-    if (tuple(options.engines), tuple(options.prompts)) != (ENGINES, PROMPTS):
+    if (sorted(options.engines), sorted(options.prompts)) != (sorted(ENGINES), sorted(PROMPTS)):
         print(json.dumps(figures, indent=1))
         return
     print(store("scale", figures, notes=notes, tokens_per_s=rate, runs=by_size))

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.chaos.page import PAGE, STORED, figures, good, write
 from benchmarks.chaos.plan import TRIALS
 from benchmarks.chaos.trial import Lab, Missed
-from benchmarks.common import store
+from benchmarks.common import cpu, store
 from ctrlray.pipeline import commit
 
 
@@ -31,7 +31,7 @@ def outcomes(root: Path) -> list[dict[str, Any]]:
 
 def attempt(lab: Lab, number: int) -> dict[str, Any]:
     """A trial's outcome, which is kept. Raises Missed."""
-    outcome = lab.outcome(number) | {"commit": commit()}
+    outcome = lab.outcome(number) | {"commit": commit(), "cpu": cpu()}
     kept = lab.root / "outcomes"
     kept.mkdir(exist_ok=True)
     made = kept / f"{number:03d}.new"

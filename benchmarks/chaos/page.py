@@ -85,7 +85,8 @@ def page(stored: Mapping[str, Any]) -> str:
     lines += _row(_summary("**all**", outcomes))
     if len(outcomes) < TRIALS:
         lines += ["", f"{len(outcomes)} of {TRIALS} trials have been made so far."]
-    machine, commits = stored["machine"], ", ".join(sorted({o["commit"] for o in outcomes}))
+    machine = stored["machine"]
+    commits, cpus = (", ".join(sorted({o[what] for o in outcomes})) for what in ("commit", "cpu"))
     lines += [
         "",
         "Seconds lost are those beyond an undisturbed run of the same stages. The machine was shared with other work, so single",
@@ -102,7 +103,7 @@ def page(stored: Mapping[str, Any]) -> str:
         where = o["stage"] + (f" ({o['method']})" if o["stage"] == "train" else "")
         codes, same = ", ".join(map(str, o["codes"])), "yes" if good(o) else f"**no**: {_wrong(o)}"
         lines += _row((o["trial"], o["kind"], where, o["work"], codes, o["recovered"] or "**no**", same))
-    lines += ["", f"Commit {commits}; {machine['cpu']}, {machine['cores']} cores, {machine['memory']}.", ""]
+    lines += ["", f"Commit {commits}; {cpus}, {machine['cores']} cores, {machine['memory']}.", ""]
     return "\n".join(lines)
 
 

@@ -159,7 +159,9 @@ def answer(
             pool.load_weights(spec.model)
         for plan, method in drifts:
             progress.note(f"log-probs of {method}'s answers under the base")
+            lap = Lap(plan.out, DRIFT)
             _compare(method, plan, pool, job)
+            lap.keep()
             held.keep()
 
 

@@ -202,6 +202,7 @@ def test_lost_doubled_and_changed_rows_are_seen(scores, found):
 def outcome(**changes):
     made = {"trial": 0, "kind": "engine", "stage": "generate", "method": "exmate", "work": "4 rows", "codes": [0]}
     made |= {"recovered": "itself", "seconds_lost": 2.0, "lost": 0, "twice": 0, "unequal": [], "unaccounted": [], "commit": "c"}
+    made |= {"cpu": "x"}
     return made | changes
 
 

@@ -133,7 +133,7 @@ def test_a_prompt_that_leaves_no_room_in_one_cell_is_asked_of_no_method(run, cap
         prompt(s)["prompt_id"] for s in (10, 20, 154)
     }
     (line,) = [m for m in caplog.messages if "prompt_too_long" in m]
-    assert min(long) in line and "exceed model.max_context=256, and 1 more prompts" in line
+    assert min(long) in line and "exceed model.max_context=256, and 1 more with it" in line
     assert run(10, 20, 154, 155, 246) == result  # once more, from what is there
 
 
@@ -168,6 +168,7 @@ def test_an_interrupted_method_goes_on_at_its_first_question_without_an_answer(r
     assert [a["num_tokens"] for a in made if a["method"] == "reranking"] == [1, 2, 1]
     assert not run.out.names("pieces/reranking")
     assert run.out.read_json("took", "reranking.json") == {"seconds": 30.0} and result.facts["engines_s"] == 130.0
+    assert run.out.exists("took", "drift.json")  # what likelihoods under the base took, for the benchmark of the pipeline
     spent = result.facts["spent"]
     # 10 s an answer: one of the start model's two, all three candidates, one of the trained model's eight
     assert spent["start"] == {"tokens": 1.5, "seconds": 10.0} and spent["reranking"] == {"tokens": 4.0, "seconds": 30.0}
