@@ -9,6 +9,8 @@ else
 TORCH := --torch-backend cpu
 endif
 export RAY_USAGE_STATS_ENABLED := 0
+# a run starts a dozen Python processes: half of their imports would be compiling, anew in each where bytecode is not written
+export UV_COMPILE_BYTECODE := 1
 
 .PHONY: quickstart smoke test soak unit lint format docs browser setup requirements clean
 
@@ -25,6 +27,7 @@ setup: .venv/.ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "uv>=0.9,<1"
 	$(BIN)/uv pip install --quiet --python $(BIN)/python $(TORCH) -r requirements/cpu.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -e .
+	$(BIN)/python -m compileall -q ctrlray
 	touch $@
 
 unit: .venv/.ready

@@ -251,6 +251,12 @@ def test_the_image_has_the_pods_user_and_its_commands_are_found_in_login_shells(
     assert "> /etc/profile.d/ctrlray.sh" in as_root and "uv venv --seed" in as_user
 
 
+def test_processes_compile_nothing_when_they_start():
+    """In an image, or where bytecode is not written, each would compile all that it imports, which takes half of its start."""
+    assert "UV_COMPILE_BYTECODE=1" in (FOLDER / "Dockerfile").read_text()
+    assert "export UV_COMPILE_BYTECODE := 1" in (ROOT / "Makefile").read_text()
+
+
 def test_the_image_is_built_of_what_is_there():
     lines = (FOLDER / "Dockerfile").read_text().splitlines()
     stages = {line.split()[-1] for line in lines if re.match(r"FROM .* AS ", line)}
