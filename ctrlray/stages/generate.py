@@ -145,7 +145,7 @@ def run(
     if isinstance(prompts, PromptParts):
         items, total = ranges(prompts, settings, fingerprint, done)
         pending = sum(i["rows"] - len(i["done"]) for i in items)
-        write = partial(_expanded, items, settings, (prompts, settings, renderer, fingerprint, max_prompt, out, current()))
+        write = partial(_expanded, items, settings, (prompts.place, settings, renderer, fingerprint, max_prompt, out, current()))
     else:
         made, refused = expand_requests(prompts, settings, renderer, fingerprint, max_prompt)
         if refused.num_rows:

@@ -43,7 +43,12 @@ class PromptParts(Mapping[str, list[Message]]):
         self._kept: dict[str, dict[str, list[Message]]] = {}
 
     def __reduce__(self) -> tuple[type, tuple[Storage, str]]:
-        return PromptParts, (self._storage, self._split)
+        return PromptParts, self.place
+
+    @property
+    def place(self) -> tuple[Storage, str]:
+        """What makes the same again, for actors: of their arguments Ray Data copies every mapping whole, to export its plan."""
+        return self._storage, self._split
 
     @cached_property
     def names(self) -> list[str]:
@@ -86,7 +91,7 @@ class ExpandRange:
 
     def __init__(
         self,
-        prompts: PromptParts,
+        place: tuple[Storage, str],
         settings: config.Generate,
         renderer: Renderer,
         fingerprint: str,
@@ -96,7 +101,7 @@ class ExpandRange:
     ) -> None:
         record_if_restarted(where, "request writer")
         self._where = where
-        self._prompts, self._settings, self._renderer = prompts, settings, renderer
+        self._prompts, self._settings, self._renderer = PromptParts(*place), settings, renderer
         self._fingerprint, self._max_prompt, self._out = fingerprint, max_prompt, out
         self._part: tuple[str, pa.Table] = ("", schema.PROMPTS.empty_table())
 
