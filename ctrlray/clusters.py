@@ -169,7 +169,8 @@ def _kuberay(raw: Mapping[str, Any], prices: Prices) -> Cluster:
     spec = raw["spec"]
     spec = spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec
     groups = tuple(_pods(g, prices) for g in spec["workerGroupSpecs"])
-    idle_s = float(spec.get("autoscalerOptions", {}).get("idleTimeoutSeconds", _IDLE_SECONDS))
+    scaling = spec.get("autoscalerOptions") or {}
+    idle_s = float(scaling.get("idleTimeoutSeconds", _IDLE_SECONDS)) if spec.get("enableInTreeAutoscaling") else 0.0
     head = _pods(spec["headGroupSpec"], prices)
     return Cluster(raw["metadata"]["name"], head, groups, sum(g.most for g in groups), idle_s)
 

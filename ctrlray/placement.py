@@ -154,8 +154,11 @@ def _workers(job: config.Job, phase: str, shape: Shape | None) -> Group:
 
 
 def of_stage(groups: Sequence[Group], stage: str) -> list[Group]:
-    """What a stage runs, in all its phases; export merges an adapter and has no engine."""
-    mine = [g for g in groups if stage in STAGES_OF[g.phase]]
+    """What a stage waits for, in all its phases: export merges an adapter and has no engine.
+
+    Rewards of the grid were there beside generation, and may take the place of engines that are gone.
+    """
+    mine = [g for g in groups if stage in STAGES_OF[g.phase] and g.phase != GRADING]
     return [g for g in mine if g.operator == MERGE] if stage == "export" else mine
 
 

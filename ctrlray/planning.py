@@ -158,9 +158,12 @@ class Planner:
             else:
                 yield self._priced(row | {"basis": "assumed"}, DRIVER_S, None)
 
-    def _priced(self, row: Row, seconds: float, phase: str | None) -> Row:
-        """Of a phase that runs so long: its nodes are paid for until they have been idle long enough to go down."""
-        up_s = seconds + self.cluster.idle_s if seconds else 0.0
+    def _priced(self, row: Row, seconds: float, phase: str | None, *, last: bool = True) -> Row:
+        """Of a phase that runs so long: its nodes are paid for until they have been idle long enough to go down.
+
+        They do not where it is not the `last` that takes them, and the next one does at once.
+        """
+        up_s = seconds + self.cluster.idle_s if seconds and last else seconds
         workers = self._launched[phase].dollars_per_hour if phase else 0.0
         return row | {"seconds": seconds, "dollars": (seconds * self.cluster.head.dollars_per_hour + up_s * workers) / 3600}
 
@@ -188,7 +191,7 @@ class Planner:
         row |= {"tokens_per_s": tokens_per_s, "basis": engines.basis}
         sampled = self._priced(row, row["tokens"] / tokens_per_s + self.rates.start_s, "evaluate")
         scored_s = self._scoring(row["rows"], GRADING)[0] + self.rates.start_s
-        made = _sum(sampled, self._priced(row, scored_s, GRADING))
+        made = _sum(sampled, self._priced(row, scored_s, GRADING, last=not self.job.judges))
         if not self.job.judges:
             return made
         reinforced = any(isinstance(o, config.PPO) for o in self.job.train.objectives)
@@ -204,7 +207,7 @@ class Planner:
         row |= {"tokens_per_s": tokens_per_s, "basis": rate.basis}
         ppos = [estimate.reinforced(o) for o in self.job.train.objectives if isinstance(o, config.PPO)]
         learned = row["tokens"] - sum(p.trained for p in ppos)
-        made = self._priced(row, learned / tokens_per_s + (self.rates.start_s if learned else 0.0), "train")
+        made = self._priced(row, learned / tokens_per_s + (self.rates.start_s if learned else 0.0), "train", last=not ppos)
         for p in ppos:
             sampled = p.sampled / (self._engines().per_s * self._count("train ppo", "engine"))
             seconds = sampled + p.trained * p.passes / tokens_per_s + self._scoring(p.rollouts)[0] + self.rates.start_s

@@ -43,8 +43,8 @@ def _once(command: Sequence[str]) -> tuple[int, bool]:
     before = {s: signal.signal(s, pass_on) for s in (signal.SIGTERM, signal.SIGINT)}
     try:
         child = subprocess.Popen(command)
-        for number in tuple(asked):  # what came before it was there
-            child.send_signal(number)
+        if asked:  # before it was there
+            child.send_signal(asked[0])
         return child.wait(), bool(asked)
     finally:
         for number, handler in before.items():

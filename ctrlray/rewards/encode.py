@@ -15,14 +15,14 @@ from ctrlray.schema import Message
 
 
 class RewardEncoder:
-    """Renders by the tokenizer's chat template; without one, or with `hh`, as the pair (conversation, answer).
+    """Renders by the tokenizer's chat template; without one as the pair (conversation, answer).
 
     Special tokens inside texts are neutralised. At most `max_tokens`, and never more than the tokenizer says its model
     takes: the oldest tokens are cut.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int, *, hh: bool = False) -> None:
-        """`hh`: as the dialogues of Anthropic HH are written, whatever template the tokenizer has."""
+        """`hh`: as one text, written as Anthropic HH's dialogues are, whatever template the tokenizer has."""
         self._hh = hh
         self.max_tokens = min(max_tokens, int(tokenizer.model_max_length))
         self._tokenizer = tokenizer
@@ -38,7 +38,9 @@ class RewardEncoder:
         clean = [Message(role=m["role"], content=neutralise(m["content"], self._specials)) for m in conversation]
         answer = neutralise(response, self._specials)
         if self._hh:
-            return self._as_pair(write_prompt(clean), f" {answer}")
+            self._tokenizer.truncation_side = "left"
+            text = f"{write_prompt(clean)} {answer}"
+            return [int(i) for i in self._tokenizer(text, truncation=True, max_length=self.max_tokens)["input_ids"]]
         if self._tokenizer.chat_template:
             turns = [*clean, Message(role="assistant", content=answer)]
             ids = self._tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)

@@ -40,7 +40,7 @@ class Journal:
         self._out = out
         self._current: tuple[str, str, dict[str, Any]] | None = None
         self._ended = self._max_restarts = 0
-        self._actor = self._count = ""
+        self._actor = self._count = self._began = self._before = ""
 
     def clear(self) -> None:
         """Forget all notes: at the start of a run, those of a run that was killed as a whole say nothing about rows."""
@@ -54,11 +54,13 @@ class Journal:
         """
         self._max_restarts, self._actor = max_restarts, _actor()
         self._count = f"{self._actor}.ended"
+        self._began = self._before = _now()
         try:
-            self._ended = 1 + int(self._out.read_bytes(self._count))
+            ended, self._before = self._out.read_bytes(self._count).decode().split()
+            self._ended = 1 + int(ended)
         except FileNotFoundError:
             self._ended = 0
-        self._out.write_bytes(str(self._ended).encode(), self._count)
+        self._out.write_bytes(f"{self._ended} {self._began}".encode(), self._count)
         return self._ended <= max_restarts
 
     def run(
@@ -122,12 +124,12 @@ class Journal:
         """Rows are finished, so the deaths before were not those of a process that ends on everything."""
         if self._ended:
             self._ended = 0
-            self._out.write_bytes(b"0", self._count)
+            self._out.write_bytes(f"0 {self._began}".encode(), self._count)
 
     def _over(self) -> ClusterError:
-        """The error of this actor, given up, with its last words on any batch: Ray may hand it another now."""
+        """The error of this actor, given up, with what its last process said, on any batch: Ray may hand it another now."""
         left = [n for batch in self._out.folders() for n in self._notes(batch)]
-        own = [n for n in left if n["actor"] == self._actor]
+        own = [n for n in left if n["actor"] == self._actor and n["since"] >= self._before]
         last = max(own, key=lambda n: str(n["since"]), default={"error": _IDLE})
         isolated = sum(n["aside"] for n in left)
         return ClusterError(

@@ -178,6 +178,12 @@ def test_how_long_idle_nodes_stay_is_what_the_file_says_or_ray_s_own(tmp_path):
     path = tmp_path / "silent.yaml"
     path.write_text(yaml.safe_dump(raw))
     assert read_cluster(path, PRICES).idle_s == 300
+    raw = yaml.safe_load((FOLDER / "kuberay" / "raycluster.yaml").read_text())
+    given = {"idleTimeoutSeconds": 90}
+    for options, scales, idle_s in ((None, True, 60), (given, True, 90), (given, False, 0)):
+        raw["spec"] |= {"autoscalerOptions": options, "enableInTreeAutoscaling": scales}
+        path.write_text(yaml.safe_dump(raw))
+        assert read_cluster(path, PRICES).idle_s == idle_s
 
 
 def test_a_launch_stops_at_the_limits_of_the_file_and_names_them():

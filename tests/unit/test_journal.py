@@ -125,6 +125,26 @@ def test_last_words_of_an_actor_are_found_whichever_batch_it_is_handed_next(tmp_
             journal.run(["next"], len)
 
 
+def test_what_ended_a_process_long_ago_is_not_why_the_last_one_ended(tmp_path, mortal, monkeypatch):
+    """A row that ended it is set aside and others are finished; then it ends before it takes anything up."""
+    monkeypatch.setattr(notes, "_now", lambda: next(clock))
+    clock = (f"2026-01-01T{i // 60:02}:{i % 60:02}:00+00:00" for i in range(1000))
+    out, deaths = Storage(str(tmp_path)), 0
+    while True:
+        journal = Journal(out)
+        assert journal.start(max_restarts=3)
+        try:
+            journal.run(["a", "b"], lambda group, j=journal: j.die(ValueError("odd row")) if 1 in group else None)
+            break
+        except SystemExit:
+            deaths += 1
+    assert deaths == 3
+    while (journal := Journal(out)).start(max_restarts=3):
+        pass
+    with pytest.raises(ClusterError, match=r"ended 4 times in a row .*before it took up work"):
+        journal.run(["next"], len)
+
+
 def test_notes_name_the_oldest_work_first_and_the_row_it_began_with(tmp_path, mortal, monkeypatch):
     journal = Journal(Storage(str(tmp_path)))
     for ids, now in ((["late", "x"], "09:05"), (["early", "y"], "09:00")):

@@ -160,6 +160,8 @@ def test_judges_are_waited_for_with_the_engines_and_a_merge_needs_no_engine():
     groups = plan(job.model_copy(update={"rewards": (*job.rewards, judge)}))
     asked = bundles(of_stage(groups, "evaluate"))
     assert {"generation", "reward"} <= {name for b in asked for name in b}
+    # the grid's own rewards were there beside generation, and may take the engines' place
+    assert {g.operator for g in of_stage(plan(job), "evaluate")} == {"engine", "adapter merge"}
     assert [g.operator for g in of_stage(groups, "export")] == ["adapter merge"]
     assert misfit(job, of_stage(groups, "export"), [Node(1, 0, 8)]) is None
     refused = misfit(job, of_stage(groups, "export"), [Node(0, 0, 8)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from ctrlray import config
 from ctrlray.config import Model
@@ -94,8 +95,6 @@ def test_units_turn_logits_into_ratings(tmp_path):
 
 def test_too_long_a_pair_loses_the_prompts_beginning_and_keeps_its_special_tokens():
     """DeBERTa's score is read from [CLS]: a plain cut from the left would take it away."""
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = None
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -125,6 +124,12 @@ def test_a_model_of_hh_reads_hh_s_dialogues_whatever_template_its_tokenizer_has(
     tokenizer.chat_template = None
     assert tokenizer.decode(RewardEncoder(tokenizer, 1000)(chat, "d")) == "a\n\nb\n\nc\n\nd"
     assert tokenizer.decode(RewardEncoder(tokenizer, 20, hh=True)(chat, "d")) == "man: c\n\nAssistant: d"[-20:]
+    start = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A <|im_start|> $B", special_tokens=[("<|im_start|>", start)]
+    )
+    ids = RewardEncoder(tokenizer, 1000, hh=True)(chat, "d")
+    assert ids[0] == start and ids.count(start) == 1  # one text, not two
 
 
 def test_the_tokenizers_own_limit_holds():

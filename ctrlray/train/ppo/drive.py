@@ -17,6 +17,7 @@ from ctrlray.ledger import Progress
 from ctrlray.patience import Background
 from ctrlray.rewards.pool import RewardPool
 from ctrlray.tables import Storage
+from ctrlray.telemetry import current, warn
 from ctrlray.train.launch import Watch, launch, waits_for
 from ctrlray.train.ppo import handover
 from ctrlray.train.ppo.loop import STOP, PPOTask, ppo_loop
@@ -51,7 +52,10 @@ def train(
             f"{order.num_refused} hold text that reads as special tokens. Raise model.max_context or prompts.train"
         )
     left_out = {"too_long": order.num_too_long, "special_tokens": order.num_refused}
-    task.out.write_json({why: n for why, n in left_out.items() if n}, LEFT_OUT)
+    left_out = {why: n for why, n in left_out.items() if n}
+    task.out.write_json(left_out, LEFT_OUT)
+    if left_out:
+        warn(current(), f"prompts that cannot be asked are left out: {left_out}")
     if task.out.exists(STOP):
         task.out.remove(STOP)
     handover.clear(task.out)
