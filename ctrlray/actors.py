@@ -165,7 +165,10 @@ class ActorPool:
                 self.replace(index, answer)
 
     def replace(self, index: int, error: Exception, in_vain: bool = True) -> None:
-        """A new actor in the place of one that ended or raised. Raises ClusterError when too many in a row ended in vain."""
+        """A new actor in the place of one that ended or raised. Raises ClusterError when too many in a row ended in vain.
+
+        One that ends before it is up is replaced in its turn: where a node went away, the cluster may have put it there.
+        """
         self._restarts += 1
         self._in_vain += in_vain
         if self._in_vain > self._pool.max_restarts:
@@ -177,7 +180,12 @@ class ActorPool:
         warn(current(), f"{self._words.actor} {index} of {self._name} ended: {last_line(error)}; starting another")
         ray.kill(self.actors[index])  # one that only raised is in an unknown state
         self.actors[index] = self._start(index)
-        self._await_start([self.actors[index]])
+        try:
+            self._await_start([self.actors[index]])
+        except ClusterError as failed:
+            if not isinstance(failed.__cause__, GONE):
+                raise
+            return self.replace(index, failed.__cause__)
         self._restore(index)
 
     def _await_start(self, actors: Sequence[Any]) -> list[Any]:

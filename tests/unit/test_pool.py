@@ -379,6 +379,29 @@ def test_engines_that_do_not_start_leave_none_behind(cluster, monkeypatch):
     assert [a.killed for a in cluster.actors] == [True, True]
 
 
+@pytest.mark.parametrize("lost", [1, 2])
+def test_a_replacement_that_ends_before_it_is_up_is_replaced_in_its_turn(cluster, monkeypatch, lost):
+    """As when its node went away and the cluster did not know yet: so many starts are lost, after the engine's own end."""
+    start = cluster.start
+
+    def unlucky(kind, options, spec):
+        return start(Broken if 1 <= len(cluster.actors) <= lost else kind, options, spec)
+
+    monkeypatch.setattr(cluster, "start", unlucky)
+    with pool(size=1, max_restarts=2) as engines:
+        engines.load_weights("/first")
+        cluster.actors[0].host.gone = True
+        if lost == 2:
+            said = r"p: engines ended 3 times in a row .* the last one with: ValueError: no room for the KV cache"
+            with pytest.raises(ClusterError, match=said):
+                engines.heal()
+        else:
+            engines.heal()
+            assert engines.generate([[1]], config.Sampling(), 1)[0].token_ids == [1]
+            assert cluster.actors[-1].host.loaded == ("/first", 1)
+    assert len(cluster.actors) == 3 and all(a.killed for a in cluster.actors)
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [
