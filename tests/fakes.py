@@ -97,7 +97,7 @@ def three_rewards(prompts: list[Any], responses: list[str]) -> dict[str, list[fl
 def stuck_reward(prompts: list[Any], responses: list[str]) -> list[float]:
     """Takes longer than anybody waits for one answer; not for ever, so that a test session's actors come free again."""
     if "stuck" in responses:
-        time.sleep(120)
+        time.sleep(90)
     return [float(len(r)) for r in responses]
 
 
