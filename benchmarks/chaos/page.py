@@ -46,6 +46,9 @@ FOUND = """## What was found and mended
 - **A table that holds a row twice** passed as whole. Generation and scoring now end with a check that every id is there once.
 - **A block that was lost with its node** and made again could hold its rows in another order, and be written a second time under
   another name. Answers now leave an engine in the order in which they were asked for.
+- **A node taken away from engines that evaluate or that PPO samples with** ended the run, which a rerun mended: the cluster did
+  not know yet, and put the engine's replacement on that node. One that ends before it is up is now replaced in its turn. Both
+  trials of that kind were made again afterwards.
 """
 
 
